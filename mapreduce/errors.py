@@ -1,0 +1,214 @@
+"""Every error a caller may meet, named by whose fault it is and carrying the facts as attributes.
+
+Knows the texts a person reads; ranks in them count from 1, as in `Peer`.
+
+    MapReduceError
+    +-- LocalError                 this process was used or configured wrongly; retrying cannot help
+    |   +-- ConfigError            a flag, variable or key: names it, its value and what is allowed
+    |   +-- WalletError            wallet missing, unreadable, or wrong password
+    |   +-- NotRegistered          the hotkey is not on the subnet; names the command that registers it
+    |   +-- PortInUse              the address to listen on is taken
+    |   +-- UnsupportedTensor      (also TypeError) CUDA, sparse, grad-requiring, dtype without a kernel
+    |   +-- TensorTooLarge         (also ValueError) more bytes than the job's `bandwidth`
+    |   +-- JobClosed              used before init, after destroy, or in a forked child
+    +-- RemoteError                another party broke the protocol
+    |   +-- BadFrame               bytes of the bulk stream that the protocol forbids
+    |   +-- BadMessage             a control message that is malformed, oversized or not signed as it must be
+    +-- Refused                    another party said no and gave a reason
+    |   +-- JobRefused             the validator grants no job: missing ranks, too few miners, over quota
+    |   +-- VersionMismatch        incompatible major versions; names both
+    +-- StepFailed                 one collective failed on every rank; tensors are untouched
+    |   +-- CollectiveMismatch     ranks disagree on op, dtype or step order; names ranks and difference
+    |   |   +-- ShapeMismatch      ... on shape
+    |   +-- PeerLost               a rank went away inside a step
+    |   +-- StepAborted            a rank gave up the step: Ctrl+C, timeout, an error of its own
+    +-- Unavailable                nobody is proven guilty: timeout, refused connection
+        +-- MinerLost              the stream to a miner broke; names uid, hotkey and segment
+        +-- PeerTimeout            a rank did not enter or finish the step in time
+        +-- ValidatorUnreachable   no answer from the validator's axon
+        +-- ChainUnavailable       no answer from the chain
+        +-- StepInDoubt            a miner was lost between acknowledgement and commit
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+class MapReduceError(Exception):
+    """Root of every error this project raises on purpose."""
+
+
+class LocalError(MapReduceError):
+    """This process was used or configured wrongly."""
+
+
+class ConfigError(LocalError):
+    """A flag, environment variable or key of the configuration file cannot be used."""
+
+
+class WalletError(LocalError):
+    """A wallet is missing, unreadable or locked with another password."""
+
+
+class NotRegistered(LocalError):
+    """The hotkey has no uid on the subnet."""
+
+
+class PortInUse(LocalError):
+    """The address to listen on is taken by another process."""
+
+    def __init__(self, ip: str, port: int) -> None:
+        super().__init__(
+            f"cannot listen on {ip}:{port}: the port is in use; "
+            "stop the other process or choose another with --axon.port"
+        )
+        self.ip = ip
+        self.port = port
+
+
+class UnsupportedTensor(LocalError, TypeError):
+    """A tensor that the data plane cannot carry as it is."""
+
+
+class TensorTooLarge(LocalError, ValueError):
+    """A tensor has more bytes than the job was granted for one collective."""
+
+    def __init__(self, tensor_bytes: int, bandwidth: int) -> None:
+        super().__init__(
+            f"the tensor has {tensor_bytes} bytes, but this job was opened with bandwidth={bandwidth} "
+            "(the largest collective in bytes); open it with a larger one or split the tensor"
+        )
+        self.tensor_bytes = tensor_bytes
+        self.bandwidth = bandwidth
+
+
+class JobClosed(LocalError):
+    """The peer has no job: not initialised yet, destroyed, failed, or inherited by a fork."""
+
+
+class RemoteError(MapReduceError):
+    """Another party broke the protocol; `who` names it where that is known."""
+
+    def __init__(self, message: str, *, who: str | None = None) -> None:
+        super().__init__(f"{who}: {message}" if who else message)
+        self.who = who
+
+
+class BadFrame(RemoteError):
+    """Bytes of the bulk stream that the protocol forbids."""
+
+
+class BadMessage(RemoteError):
+    """A control message that is malformed, oversized or not signed as it must be."""
+
+
+class Refused(MapReduceError):
+    """Another party answered no; `code` is stable, `status` the HTTP status where there is one."""
+
+    def __init__(self, message: str, *, code: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.status = status
+
+
+class JobRefused(Refused):
+    """The validator grants no job."""
+
+
+class VersionMismatch(Refused):
+    """Two parties speak incompatible major versions."""
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message, code="version_mismatch", status=status)
+
+
+class StepFailed(MapReduceError):
+    """A collective failed on every rank; the tensors are untouched and the next step may follow."""
+
+
+class CollectiveMismatch(StepFailed):
+    """Ranks entered the same step with different arguments.
+
+    `differences` maps the argument (`op`, `dtype`, `shape`, ...) to `{rank: what that rank said}`, ranks
+    counted from 1.
+    """
+
+    def __init__(self, step: int, differences: Mapping[str, Mapping[int, str]]) -> None:
+        parts = []
+        for field, by_rank in differences.items():
+            ranks_by_value: dict[str, list[int]] = {}
+            for rank, value in sorted(by_rank.items()):
+                ranks_by_value.setdefault(value, []).append(rank)
+            said = ", ".join(
+                f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}: {value}"
+                for value, ranks in ranks_by_value.items()
+            )
+            parts.append(f"{field} ({said})")
+        super().__init__(f"step {step}: the ranks disagree on {'; '.join(parts)}")
+        self.step = step
+        self.differences = {field: dict(by_rank) for field, by_rank in differences.items()}
+
+
+class ShapeMismatch(CollectiveMismatch):
+    """Ranks entered the same step with tensors of different shapes."""
+
+
+class PeerLost(StepFailed):
+    """A rank went away inside a step."""
+
+    def __init__(self, rank: int, reason: str, step: int | None = None) -> None:
+        where = "" if step is None else f" in step {step}"
+        super().__init__(f"rank {rank} was lost{where}: {reason}")
+        self.rank = rank
+        self.step = step
+
+
+class StepAborted(StepFailed):
+    """A rank gave the step up."""
+
+    def __init__(self, step: int, rank: int | None, reason: str) -> None:
+        by = "a miner" if rank is None else f"rank {rank}"
+        super().__init__(f"step {step} was aborted by {by}: {reason}")
+        self.step = step
+        self.rank = rank
+
+
+class Unavailable(MapReduceError):
+    """No answer; nobody is proven guilty."""
+
+
+class MinerLost(Unavailable):
+    """The stream to a miner broke."""
+
+    def __init__(self, uid: int, hotkey: str, segment: int, reason: str) -> None:
+        super().__init__(f"miner uid {uid} ({hotkey}), segment {segment}, was lost: {reason}")
+        self.uid = uid
+        self.hotkey = hotkey
+        self.segment = segment
+
+
+class PeerTimeout(Unavailable):
+    """One or more ranks did not enter or finish a step in time."""
+
+    def __init__(self, ranks: Sequence[int], seconds: float, what: str) -> None:
+        names = ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+        super().__init__(f"{what} after {seconds:g} s: waiting for {names or 'unknown ranks'}")
+        self.ranks = tuple(ranks)
+        self.rank = ranks[0] if ranks else None
+        self.seconds = seconds
+
+
+class ValidatorUnreachable(Unavailable):
+    """No answer from the validator's axon."""
+
+
+class ChainUnavailable(Unavailable):
+    """No answer from the chain."""
+
+
+class StepInDoubt(Unavailable):
+    """A miner was lost between acknowledgement and commit, and nobody reachable knows the outcome."""

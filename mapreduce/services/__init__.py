@@ -1,0 +1,1 @@
+"""What runs: the miner, the coordinator of a validator, wired from the layers below."""

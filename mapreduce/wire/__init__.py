@@ -1,0 +1,1 @@
+"""Pure protocol: frames, control messages and the sans-IO session machines of peer and miner."""
