@@ -1,1 +1,1 @@
-"""Pure arithmetic: partition of tensors into segments, exact reduction in rank order. No IO, no clock."""
+"""Pure arithmetic: partition of tensors into segments, exact reduction in rank order. No IO."""
