@@ -1,4 +1,5 @@
-"""Packaging of the Map Reduce subnet. Tool settings live in pyproject.toml; the tested torch build in constraints.txt."""
+"""Packaging of the Map Reduce subnet. Tool settings live in pyproject.toml; the tested torch build
+in constraints.txt."""
 
 import re
 from pathlib import Path
@@ -30,6 +31,7 @@ setup(
         "bittensor>=11.3,<11.4",
         "numpy>=1.26",
         "psutil>=5.9",
+        "pydantic>=2.7,<3",
         "torch>=2.2",
     ],
     extras_require={
@@ -46,7 +48,6 @@ setup(
         "bench": ["matplotlib>=3.8", "uvloop>=0.19"],
     },
     classifiers=[
-        "License :: OSI Approved :: MIT License",
         "Operating System :: POSIX",
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",

@@ -6,19 +6,24 @@ Knows the texts a person reads; ranks in them count from 1, as in `Peer`.
     +-- LocalError                 this process was used or configured wrongly; retrying cannot help
     |   +-- ConfigError            a flag, variable or key: names it, its value and what is allowed
     |   +-- WalletError            wallet missing, unreadable, or wrong password
-    |   +-- NotRegistered          the hotkey is not on the subnet; names the command that registers it
+    |   +-- NotRegistered          the hotkey is not on the subnet; names the command that registers
+    it
     |   +-- PortInUse              the address to listen on is taken
-    |   +-- UnsupportedTensor      (also TypeError) CUDA, sparse, grad-requiring, dtype without a kernel
+    |   +-- UnsupportedTensor      (also TypeError) CUDA, sparse, grad-requiring, dtype without a
+    kernel
     |   +-- TensorTooLarge         (also ValueError) more bytes than the job's `bandwidth`
     |   +-- JobClosed              used before init, after destroy, or in a forked child
     +-- RemoteError                another party broke the protocol
     |   +-- BadFrame               bytes of the bulk stream that the protocol forbids
-    |   +-- BadMessage             a control message that is malformed, oversized or not signed as it must be
+    |   +-- BadMessage             a control message that is malformed, oversized or not signed as
+    it must be
     +-- Refused                    another party said no and gave a reason
-    |   +-- JobRefused             the validator grants no job: missing ranks, too few miners, over quota
+    |   +-- JobRefused             the validator grants no job: missing ranks, too few miners, over
+    quota
     |   +-- VersionMismatch        incompatible major versions; names both
     +-- StepFailed                 one collective failed on every rank; tensors are untouched
-    |   +-- CollectiveMismatch     ranks disagree on op, dtype or step order; names ranks and difference
+    |   +-- CollectiveMismatch     ranks disagree on op, dtype or step order; names ranks and
+    difference
     |   |   +-- ShapeMismatch      ... on shape
     |   +-- PeerLost               a rank went away inside a step
     |   +-- StepAborted            a rank gave up the step: Ctrl+C, timeout, an error of its own
@@ -79,8 +84,9 @@ class TensorTooLarge(LocalError, ValueError):
 
     def __init__(self, tensor_bytes: int, bandwidth: int) -> None:
         super().__init__(
-            f"the tensor has {tensor_bytes} bytes, but this job was opened with bandwidth={bandwidth} "
-            "(the largest collective in bytes); open it with a larger one or split the tensor"
+            f"the tensor has {tensor_bytes} bytes, but this job was opened with "
+            f"bandwidth={bandwidth} (the largest collective in bytes); open it with a larger one "
+            "or split the tensor"
         )
         self.tensor_bytes = tensor_bytes
         self.bandwidth = bandwidth
@@ -133,8 +139,8 @@ class StepFailed(MapReduceError):
 class CollectiveMismatch(StepFailed):
     """Ranks entered the same step with different arguments.
 
-    `differences` maps the argument (`op`, `dtype`, `shape`, ...) to `{rank: what that rank said}`, ranks
-    counted from 1.
+    `differences` maps the argument (`op`, `dtype`, `shape`, ...) to `{rank: what that rank said}`,
+    ranks counted from 1.
     """
 
     def __init__(self, step: int, differences: Mapping[str, Mapping[int, str]]) -> None:
@@ -211,4 +217,5 @@ class ChainUnavailable(Unavailable):
 
 
 class StepInDoubt(Unavailable):
-    """A miner was lost between acknowledgement and commit, and nobody reachable knows the outcome."""
+    """A miner was lost between acknowledgement and commit, and nobody reachable knows the
+    outcome."""

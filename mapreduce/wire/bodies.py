@@ -1,0 +1,205 @@
+"""Bodies of the control frames. Knows their bytes and limits; knows nothing of sessions or sockets.
+
+Every body starts with a version byte, so that a later protocol can put more into it. CLOSE,
+CERTIFICATE, ACK and COMMIT carry nothing else yet: their place is that of the signed commitments.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from mapreduce.core.dtypes import DType
+from mapreduce.core.reduce import ReduceOp
+from mapreduce.errors import BadFrame, UnsupportedTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+BODY_VERSION = 1
+EMPTY_BODY = bytes([BODY_VERSION])
+NONCE_BYTES = 32
+MAP_DIGEST_BYTES = 16
+MAX_DIMENSIONS = 64  # torch's own limit
+MAX_TEXT_BYTES = 8 * 1024
+
+_OPEN = struct.Struct("<BBBBHH16s")
+_HAS_TENSOR = 1
+_PROGRESS = struct.Struct("<BBH")
+
+
+def _check_version(kind: str, body: memoryview, minimum: int) -> None:
+    if len(body) < minimum:
+        raise BadFrame(f"{kind} body of {len(body)} bytes is too short: {minimum} are needed")
+    if body[0] != BODY_VERSION:
+        raise BadFrame(f"{kind} body has version {body[0]}, this side speaks {BODY_VERSION}")
+
+
+def check_empty(kind: str, body: memoryview) -> None:
+    """Accepts a body that carries only its version; later versions of it may append bytes."""
+    _check_version(kind, body, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """Dtype and shape of a tensor; C-contiguous on the wire."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Open:
+    """How one rank enters a step.
+
+    `tensor` is None for a rank that receives a broadcast and does not know what comes; `root` is
+    the index of the rank that sends it, 0 in an all-reduce. `map_digest` identifies the cut into
+    segments.
+    """
+
+    op: ReduceOp
+    root: int = 0
+    tensor: TensorSpec | None
+    map_digest: bytes = bytes(MAP_DIGEST_BYTES)
+
+    def encode(self) -> bytes:
+        tensor = self.tensor
+        shape = () if tensor is None else tensor.shape
+        return _OPEN.pack(
+            BODY_VERSION,
+            self.op,
+            0 if tensor is None else tensor.dtype,
+            0 if tensor is None else _HAS_TENSOR,
+            self.root,
+            len(shape),
+            self.map_digest,
+        ) + struct.pack(f"<{len(shape)}Q", *shape)
+
+    @classmethod
+    def decode(cls, body: memoryview) -> Open:
+        _check_version("OPEN", body, _OPEN.size)
+        _, op, dtype, flags, root, ndim, digest = _OPEN.unpack_from(body)
+        if ndim > MAX_DIMENSIONS or len(body) != _OPEN.size + 8 * ndim:
+            raise BadFrame(f"OPEN body of {len(body)} bytes does not hold {ndim} dimensions")
+        try:
+            tensor = None
+            if flags & _HAS_TENSOR:
+                shape = struct.unpack_from(f"<{ndim}Q", body, _OPEN.size)
+                tensor = TensorSpec(dtype=DType(dtype), shape=shape)
+            return cls(op=ReduceOp(op), root=root, tensor=tensor, map_digest=bytes(digest))
+        except (ValueError, UnsupportedTensor) as error:
+            raise BadFrame(f"OPEN names what this side does not know: {error}") from None
+
+
+def compare_opens(opens: list[Open]) -> dict[str, dict[int, str]]:
+    """What the ranks (list index) disagree on: argument -> {rank index: what it said}; empty if
+    they agree.
+
+    A rank that receives a broadcast without a tensor agrees with any dtype and shape.
+    """
+    fields: dict[str, Callable[[Open], str | None]] = {
+        "op": lambda o: o.op.label,
+        "root": lambda o: f"rank {o.root + 1}",
+        "dtype": lambda o: o.tensor.dtype.label if o.tensor else None,
+        "shape": lambda o: str(tuple(o.tensor.shape)) if o.tensor else None,
+    }
+    differences = {}
+    for name, read in fields.items():
+        said = {rank: text for rank, o in enumerate(opens) if (text := read(o)) is not None}
+        if len(set(said.values())) > 1:
+            differences[name] = said
+    return differences
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abort:
+    """Why a step has failed. Ranks are indexes from 0; `rank` is who caused it, None where no rank
+    did.
+
+    `code` is one of `Abort.CODES`; `miner` the index of the miner that was lost; `differences` maps
+    an argument of the collective to what each rank (index) said.
+    """
+
+    CODES = frozenset(
+        {"mismatch", "peer_lost", "peer_abort", "peer_timeout", "miner_lost", "refused"}
+    )
+
+    code: str
+    message: str
+    rank: int | None = None
+    miner: int | None = None
+    differences: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+
+    def encode(self) -> bytes:
+        document = {
+            "code": self.code,
+            "message": self.message[: MAX_TEXT_BYTES // 4],
+            "rank": self.rank,
+            "miner": self.miner,
+            "differences": self.differences,
+        }
+        return EMPTY_BODY + json.dumps(document).encode()
+
+    @classmethod
+    def decode(cls, body: memoryview) -> Abort:
+        _check_version("ABORT", body, 1)
+        try:
+            document = json.loads(bytes(body[1:]))
+            code, message = document["code"], document["message"]
+            rank, miner = document["rank"], document["miner"]
+            differences = {
+                str(field_name): {int(rank): str(value) for rank, value in by_rank.items()}
+                for field_name, by_rank in document["differences"].items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise BadFrame(f"ABORT body cannot be read: {error!r}") from None
+        integers = all(value is None or type(value) is int for value in (rank, miner))
+        if code not in cls.CODES or not isinstance(message, str) or not integers:
+            raise BadFrame(f"ABORT body has impossible values: code {code!r}")
+        return cls(code=code, message=message, rank=rank, miner=miner, differences=differences)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """A miner's answer to PING: how far the caller's step is, and the ranks (indexes) it waits
+    for."""
+
+    ENTERING, REDUCING, COMMITTING = 1, 2, 3
+
+    phase: int
+    waiting_for: tuple[int, ...]
+
+    def encode(self) -> bytes:
+        count = len(self.waiting_for)
+        return _PROGRESS.pack(BODY_VERSION, self.phase, count) + struct.pack(
+            f"<{count}H", *self.waiting_for
+        )
+
+    @classmethod
+    def decode(cls, body: memoryview) -> Progress:
+        _check_version("PING", body, _PROGRESS.size)
+        _, phase, count = _PROGRESS.unpack_from(body)
+        if len(body) != _PROGRESS.size + 2 * count:
+            raise BadFrame(f"PING body of {len(body)} bytes does not hold {count} ranks")
+        return cls(phase=phase, waiting_for=struct.unpack_from(f"<{count}H", body, _PROGRESS.size))
+
+
+def encode_text(text: str) -> bytes:
+    """A reason for GOODBYE, cut to `MAX_TEXT_BYTES`."""
+    return EMPTY_BODY + text.encode()[:MAX_TEXT_BYTES]
+
+
+def decode_text(kind: str, body: memoryview) -> str:
+    """The reason in a GOODBYE; printable characters only, since it ends in logs."""
+    _check_version(kind, body, 1)
+    text = bytes(body[1 : 1 + MAX_TEXT_BYTES]).decode(errors="replace")
+    return "".join(character if character.isprintable() else " " for character in text)

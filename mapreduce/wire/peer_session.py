@@ -1,0 +1,447 @@
+"""The peer's side of a job, sans-IO: frames of N miners in, frames for N miners out, one collective
+at a time.
+
+Knows how a step goes from OPEN to COMMIT, credit, the result buffer, and what each failure means
+for the caller. Does not know sockets, time, torch or the validator. Everything that changes the
+state of a job at a peer is in this file.
+
+The input is only read and the result goes to another buffer, so that whatever happens the caller's
+tensor is whole. A rank acknowledges to all miners at once, when it holds the whole result; from
+then on it may not abort alone, and the commit of any miner proves that every rank holds the result.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from mapreduce.core.partition import map_digest, partition
+from mapreduce.core.reduce import ReduceOp
+from mapreduce.errors import (
+    BadFrame,
+    CollectiveMismatch,
+    JobClosed,
+    MapReduceError,
+    MinerLost,
+    PeerLost,
+    ShapeMismatch,
+    StepAborted,
+    StepInDoubt,
+)
+from mapreduce.wire.bodies import (
+    EMPTY_BODY,
+    Abort,
+    Open,
+    Progress,
+    TensorSpec,
+    check_empty,
+    decode_text,
+    encode_text,
+)
+from mapreduce.wire.frames import REPLY, FrameReader, Header, Kind, encode_frame
+from mapreduce.wire.peer_step import Phase, Step
+from mapreduce.wire.schedule import FIRST_FRAME_BYTES, next_upload
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mapreduce.wire.terms import Terms
+
+_SCRATCH_BYTES = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class MinerName:
+    """Who a miner is in errors."""
+
+    uid: int
+    hotkey: str
+
+
+class PeerSession:
+    """One job at one peer; `rank` is an index from 0.
+
+    Feed it with `begin`, `miner_lost` and the frames of each miner (through `reader(miner)`); then
+    write what `next_control` and `next_upload` give. `step.phase` says when the collective is over.
+    Raises BadFrame, with the miner's name, on a protocol violation by that miner; the caller then
+    closes the stream and calls `miner_lost`.
+    """
+
+    def __init__(self, terms: Terms, rank: int, miners: Sequence[MinerName]) -> None:
+        assert len(miners) == terms.miner_count
+        self.terms = terms
+        self.rank = rank
+        self.miners = tuple(miners)
+        self.frame_bytes = min(FIRST_FRAME_BYTES, terms.frame_bytes)
+        self.step: Step | None = None
+        self._number = 0
+        self._control: list[deque[bytes]] = [deque() for _ in miners]
+        self._lost: dict[int, str] = {}
+        self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
+        self._allocate: Callable[[int], memoryview] | None = None
+
+    # Steps ----------------------------------------------------------------------------------------
+
+    def begin(
+        self,
+        op: ReduceOp,
+        *,
+        root: int = 0,
+        tensor: TensorSpec | None,
+        source: memoryview | None,
+        allocate: Callable[[int], memoryview],
+    ) -> Step:
+        """Enters the next collective.
+
+        Args:
+            op: what to do; BROADCAST sends from `root`, the index of a rank.
+            tensor: dtype and shape; None for a rank that receives a broadcast and does not know
+            them. source: the contiguous bytes to contribute, None for a rank that only receives.
+            Not written to. allocate: called with the number of bytes for the result, before any
+            result may arrive.
+
+        Raises:
+            MinerLost: the job has lost a miner before.
+        """
+        assert self.step is None or self.step.done
+        for miner, reason in self._lost.items():
+            raise self._miner_lost_error(miner, reason)
+        self._number += 1
+        step = Step(self._number, op, root, self.terms.miner_count)
+        step.source = source
+        self.step = step
+        self._allocate = allocate
+        digest = bytes(16)
+        if tensor is not None:
+            self._plan(step, tensor)
+            digest = map_digest(step.segments)
+        first = step.number % self.terms.miner_count
+        step.involved = tuple(
+            miner
+            for miner in range(self.terms.miner_count)
+            if op is ReduceOp.BROADCAST or miner == first or step.segments[miner].length
+        )
+        opened = Open(op=op, root=root, tensor=tensor, map_digest=digest).encode()
+        for miner in step.involved:
+            self._send(miner, Kind.OPEN, opened)
+            if source is not None:
+                step.uploads[miner].length = step.segments[miner].length
+                self._close_if_sent(step, miner)
+        return step
+
+    def _plan(self, step: Step, tensor: TensorSpec) -> None:
+        """Fixes the cut of the step and, unless this rank is the root, where the result goes."""
+        count = self.terms.miner_count
+        step.tensor = tensor
+        step.segments = partition(tensor.nbytes, count, first=step.number % count)
+        if step.op is not ReduceOp.BROADCAST or step.root != self.rank:
+            assert self._allocate is not None
+            step.result = self._allocate(tensor.nbytes)
+
+    def abort(self, code: str, message: str, error: MapReduceError) -> bool:
+        """Gives the step up with `error`. False if this rank has acknowledged and is bound to
+        wait."""
+        step = self.step
+        if step is None or step.phase is not Phase.RUNNING:
+            return False
+        self._fail(step, error, Abort(code=code, message=message, rank=self.rank))
+        return True
+
+    def resolve(self, committed: bool | None) -> None:
+        """Ends a step that is in doubt: committed or not, None if nobody knows."""
+        step = self.step
+        if step is None or step.phase is not Phase.IN_DOUBT:
+            return
+        if committed:
+            step.phase = Phase.COMMITTED
+            return
+        miner, reason = next(iter(self._lost.items()))
+        step.phase = Phase.FAILED
+        lost = self._miner_lost_error(miner, reason)
+        step.error = lost
+        if committed is None:
+            step.error = StepInDoubt(
+                f"step {step.number}: {lost}; every rank had acknowledged, and nobody reachable "
+                "knows whether the step was committed: other ranks may hold its result, this tensor is "
+                "untouched"
+            )
+
+    def miner_lost(self, miner: int, reason: str) -> None:
+        """The stream to this miner is gone, for the rest of the job. Idempotent."""
+        if miner in self._lost:
+            return
+        self._lost[miner] = reason
+        self._control[miner].clear()
+        step = self.step
+        if step is None or step.done or miner not in step.involved:
+            return
+        if step.phase is Phase.RUNNING:
+            error = self._miner_lost_error(miner, reason)
+            self._fail(step, error, Abort(code="miner_lost", message=reason, miner=miner))
+        else:
+            self._settle(step)
+
+    @property
+    def lost(self) -> tuple[int, ...]:
+        """The miners (indexes) whose streams are gone."""
+        return tuple(self._lost)
+
+    def ping(self, miner: int) -> None:
+        """Asks a miner for a sign of life, and whom it waits for."""
+        self._send(miner, Kind.PING, b"")
+
+    def goodbye(self, reason: str) -> None:
+        """Tells every miner that this peer leaves the job."""
+        for miner in range(self.terms.miner_count):
+            self._send(miner, Kind.GOODBYE, encode_text(reason))
+
+    # Output ---------------------------------------------------------------------------------------
+
+    def next_control(self, miner: int) -> bytes | None:
+        """The next control frame for a miner; goes before any data."""
+        return self._control[miner].popleft() if self._control[miner] else None
+
+    def next_upload(
+        self, writable: Callable[[int], bool], *, patient: bool
+    ) -> tuple[int, bytes, memoryview] | None:
+        """The next DATA frame as (miner, header, payload); None if it is nobody's turn. See
+        `schedule`.
+
+        A miner with control frames to come gets those first.
+        """
+        step = self.step
+        if step is None or step.phase is not Phase.RUNNING or step.source is None:
+            return None
+        chosen = next_upload(
+            step.uploads,
+            rank=self.rank,
+            window_bytes=self.terms.window_bytes,
+            frame_bytes=self.frame_bytes,
+            writable=lambda miner: not self._control[miner] and writable(miner),
+            patient=patient,
+        )
+        if chosen is None:
+            return None
+        miner, nbytes = chosen
+        upload = step.uploads[miner]
+        begin = step.segments[miner].offset + upload.sent
+        header = Header(
+            kind=Kind.DATA,
+            step=step.number,
+            segment=miner,
+            rank=self.rank,
+            offset=upload.sent,
+            length=nbytes,
+        )
+        upload.sent += nbytes
+        self._close_if_sent(step, miner)
+        return miner, header.encode(), step.source[begin : begin + nbytes]
+
+    def _close_if_sent(self, step: Step, miner: int) -> None:
+        upload = step.uploads[miner]
+        if upload.sent == upload.length:
+            self._send(miner, Kind.CLOSE, EMPTY_BODY)
+
+    def _send(self, miner: int, kind: Kind, body: bytes) -> None:
+        if miner in self._lost:
+            return
+        header = Header(
+            kind=kind,
+            step=0 if self.step is None else self.step.number,
+            segment=miner,
+            rank=self.rank,
+            length=len(body),
+        )
+        self._control[miner].append(encode_frame(header, body))
+
+    # Input ----------------------------------------------------------------------------------------
+
+    def reader(self, miner: int) -> FrameReader:
+        """What cuts the bytes of this miner's stream into frames for the session."""
+        return FrameReader(partial(self.payload_buffer, miner), partial(self.frame_received, miner))
+
+    def payload_buffer(self, miner: int, header: Header, received: int) -> memoryview:
+        """See `FrameReader`: the result buffer, or scratch for results of a step that is over."""
+        if header.kind is not Kind.RESULT:
+            raise self._bad(miner, f"a miner may not send {header.kind.name}")
+        step = self._live_step(miner, header)
+        missing = header.length - received
+        if step is None:
+            if received == 0 and header.length > self.terms.frame_bytes:
+                raise self._bad(miner, f"RESULT of {header.length} bytes")
+            return self._scratch[:missing]
+        if step.result is None or not step.segments:
+            raise self._bad(miner, "RESULT before the step it belongs to is known")
+        segment = step.segments[miner]
+        if received == 0 and (
+            header.offset != step.received[miner]
+            or header.offset + header.length > segment.length
+            or (
+                step.source is not None and header.offset + header.length > step.uploads[miner].sent
+            )
+        ):
+            raise self._bad(
+                miner,
+                f"RESULT of {header.length} bytes at {header.offset}: {step.received[miner]} of "
+                f"{segment.length} bytes have come, {step.uploads[miner].sent} were sent",
+            )
+        begin = segment.offset + header.offset + received
+        return step.result[begin : begin + missing]
+
+    def frame_received(self, miner: int, header: Header, body: memoryview) -> None:
+        """A whole frame of this miner has arrived."""
+        try:
+            self._dispatch(miner, header, body)
+        except BadFrame as error:
+            if error.who is None:
+                raise self._bad(miner, str(error)) from None
+            raise
+
+    def _dispatch(self, miner: int, header: Header, body: memoryview) -> None:
+        if header.kind is Kind.PING:
+            self._pinged(miner, header, body)
+            return
+        if header.kind is Kind.GOODBYE:
+            self.miner_lost(miner, f"it said goodbye: {decode_text('GOODBYE', body)}")
+            return
+        step = self._live_step(miner, header)
+        if step is None:
+            return
+        match header.kind:
+            case Kind.RESULT:
+                step.received[miner] += header.length
+                step.uploads[miner].released = step.received[miner]
+                self._acknowledge_if_complete(step)
+            case Kind.OPEN:
+                self._announced(step, miner, Open.decode(body))
+            case Kind.CREDIT:
+                upload = step.uploads[miner]
+                if not upload.released <= header.offset <= upload.sent:
+                    raise BadFrame(f"CREDIT for {header.offset} of {upload.sent} bytes sent")
+                upload.released = header.offset
+            case Kind.CERTIFICATE:
+                check_empty("CERTIFICATE", body)
+                step.certified.add(miner)
+                self._acknowledge_if_complete(step)
+            case Kind.COMMIT:
+                check_empty("COMMIT", body)
+                if step.phase is Phase.RUNNING:
+                    raise BadFrame("COMMIT without this rank's acknowledgement")
+                step.committed.add(miner)
+                self._settle(step)
+            case Kind.ABORT:
+                abort = Abort.decode(body)
+                if step.phase is Phase.RUNNING:
+                    self._fail(step, self._error_of(step, abort, miner), abort)
+                else:
+                    step.aborted[miner] = abort
+                    self._settle(step)
+            case _:
+                raise BadFrame(f"a miner may not send {header.kind.name} here")
+
+    def _live_step(self, miner: int, header: Header) -> Step | None:
+        step = self.step
+        if header.step > self._number or header.segment != miner or header.epoch != 0:
+            raise self._bad(
+                miner, f"{header.kind.name} for step {header.step}, segment {header.segment}"
+            )
+        if step is None or step.done or step.number != header.step:
+            return None
+        if miner not in step.involved:
+            raise self._bad(miner, f"{header.kind.name} in a step it has no part in")
+        return step
+
+    def _announced(self, step: Step, miner: int, opened: Open) -> None:
+        """A broadcast's root has opened: every miner must tell of the same tensor."""
+        tensor = opened.tensor
+        if step.op is not ReduceOp.BROADCAST or step.root == self.rank or tensor is None:
+            raise BadFrame("OPEN of a step that needs none")
+        if step.tensor is None:
+            if tensor.nbytes > self.terms.bandwidth:
+                raise BadFrame(f"OPEN of {tensor.nbytes} bytes: {self.terms.bandwidth} are granted")
+            self._plan(step, tensor)
+        if tensor != step.tensor:
+            raise BadFrame(f"OPEN tells of {tensor}, another miner of {step.tensor}")
+
+    def _pinged(self, miner: int, header: Header, body: memoryview) -> None:
+        if not header.flags & REPLY:
+            self._control[miner].append(Header(kind=Kind.PING, flags=REPLY, segment=miner).encode())
+            return
+        step = self.step
+        if step is not None and header.step == step.number:
+            progress = Progress.decode(body)
+            if any(rank >= self.terms.peer_count for rank in progress.waiting_for):
+                raise BadFrame("PING names ranks that the job does not have")
+            step.progress[miner] = progress
+
+    # Outcome --------------------------------------------------------------------------------------
+
+    def _acknowledge_if_complete(self, step: Step) -> None:
+        if step.phase is not Phase.RUNNING or len(step.certified) < len(step.involved):
+            return
+        if step.result is not None:
+            if any(step.received[m] < step.segments[m].length for m in step.involved):
+                return
+        elif step.source is None:
+            raise BadFrame("CERTIFICATE of a broadcast that was never announced")
+        if any(upload.sent < upload.length for upload in step.uploads):
+            raise BadFrame("CERTIFICATE before the whole segment was sent")
+        step.phase = Phase.ACKNOWLEDGED
+        for miner in step.involved:
+            self._send(miner, Kind.ACK, EMPTY_BODY)
+        self._settle(step)
+
+    def _settle(self, step: Step) -> None:
+        """Decides an acknowledged step, once every miner has spoken or is gone."""
+        if step.phase is not Phase.ACKNOWLEDGED:
+            return
+        spoken = step.committed | step.aborted.keys() | self._lost.keys()
+        if not spoken.issuperset(step.involved):
+            return
+        if step.committed:
+            step.phase = Phase.COMMITTED
+        elif any(miner in self._lost for miner in step.involved):
+            step.phase = Phase.IN_DOUBT
+        else:
+            miner, abort = next(iter(step.aborted.items()))
+            step.phase = Phase.FAILED
+            step.error = self._error_of(step, abort, miner)
+
+    def _fail(self, step: Step, error: MapReduceError, abort: Abort) -> None:
+        """Ends a running step here and tells every miner, which tells every rank."""
+        step.phase = Phase.FAILED
+        step.error = error
+        body = abort.encode()
+        for miner in step.involved:
+            self._send(miner, Kind.ABORT, body)
+
+    def _error_of(self, step: Step, abort: Abort, miner: int) -> MapReduceError:
+        rank = None if abort.rank is None else abort.rank + 1
+        if abort.code == "mismatch" and abort.differences:
+            differences = {
+                name: {index + 1: text for index, text in by_rank.items()}
+                for name, by_rank in abort.differences.items()
+            }
+            kind = ShapeMismatch if "shape" in differences else CollectiveMismatch
+            return kind(step.number, differences)
+        if abort.code == "peer_lost" and rank is not None:
+            return PeerLost(rank, abort.message, step.number)
+        if abort.code == "miner_lost" and abort.miner in range(self.terms.miner_count):
+            assert abort.miner is not None
+            return self._miner_lost_error(abort.miner, f"rank {rank} says: {abort.message}")
+        return StepAborted(step.number, rank, abort.message)
+
+    def _miner_lost_error(self, miner: int, reason: str) -> MinerLost:
+        name = self.miners[miner]
+        return MinerLost(name.uid, name.hotkey, miner, reason)
+
+    def _bad(self, miner: int, message: str) -> BadFrame:
+        name = self.miners[miner]
+        return BadFrame(message, who=f"miner uid {name.uid} ({name.hotkey})")
+
+    def check_open(self) -> None:
+        """Raises JobClosed while a collective is under way: they go one at a time."""
+        if self.step is not None and not self.step.done:
+            raise JobClosed(f"step {self.step.number} is still under way on this peer")

@@ -1,0 +1,450 @@
+"""Both ends of the protocol in memory: every schedule ends, every rank gets the same bytes, every
+failure is named."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from mapreduce.core.dtypes import DType
+from mapreduce.core.reduce import ReduceOp, reduce_reference
+from mapreduce.errors import (
+    CollectiveMismatch,
+    MinerLost,
+    PeerLost,
+    PeerTimeout,
+    ShapeMismatch,
+    StepAborted,
+    StepInDoubt,
+)
+from mapreduce.wire.bodies import EMPTY_BODY, Open, TensorSpec
+from mapreduce.wire.frames import FrameReader, Header, Kind, encode_frame
+from mapreduce.wire.peer_session import Phase
+from mapreduce.wire.terms import Terms
+from test.memory_job import MemoryJob
+
+KIB = 1024
+
+
+def terms(peers: int, miners: int, *, window: int = 64 * KIB, frame: int = 32 * KIB) -> Terms:
+    return Terms(
+        peer_count=peers,
+        miner_count=miners,
+        bandwidth=64 << 20,
+        window_bytes=window,
+        frame_bytes=frame,
+    )
+
+
+def gradients(peers: int, count: int, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(count, dtype=np.float32) for _ in range(peers)]
+
+
+def assert_reduced(job: MemoryJob, tensors: list[np.ndarray], op: ReduceOp) -> None:
+    expected = reduce_reference(tensors, DType.FLOAT32, op).tobytes()
+    for rank, peer in enumerate(job.peers):
+        assert peer.step is not None
+        assert peer.step.phase is Phase.COMMITTED, peer.step.error
+        assert bytes(job.results[rank] or b"") == expected
+
+
+@pytest.mark.parametrize(("peers", "miners"), [(1, 1), (2, 1), (3, 2), (2, 4), (4, 3)])
+def test_all_reduce_gives_every_rank_the_rank_order_sum(peers: int, miners: int) -> None:
+    job = MemoryJob(terms(peers, miners), seed=peers * 10 + miners)
+    for step in range(3):
+        tensors = gradients(peers, 250_000 + step, seed=step)
+        op = ReduceOp.SUM if step == 1 else ReduceOp.AVG
+        job.all_reduce(tensors, op)
+        job.run()
+        assert_reduced(job, tensors, op)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4096, 65_536, 65_537, 200_000])
+def test_tensors_smaller_than_the_miners(count: int) -> None:
+    job = MemoryJob(terms(3, 4), seed=count)
+    for _ in range(4):  # the anchor moves from miner to miner
+        tensors = gradients(3, count)
+        job.all_reduce(tensors)
+        job.run()
+        assert_reduced(job, tensors, ReduceOp.AVG)
+
+
+@pytest.mark.parametrize("root", [0, 2])
+@pytest.mark.parametrize("count", [0, 5, 300_001])
+def test_broadcast_to_ranks_that_know_nothing_and_to_ranks_that_pass_a_tensor(
+    root: int, count: int
+) -> None:
+    job = MemoryJob(terms(3, 4), seed=count)
+    tensor = gradients(1, count)[0]
+    for rank in range(3):
+        given = tensor if rank == root else None if rank == 1 else np.zeros_like(tensor)
+        job.begin(rank, ReduceOp.BROADCAST, given, root=root, contribute=rank == root)
+    job.run()
+    for rank, peer in enumerate(job.peers):
+        assert peer.step is not None
+        assert peer.step.phase is Phase.COMMITTED, peer.step.error
+        assert peer.step.tensor == TensorSpec(dtype=DType.FLOAT32, shape=(count,))
+        if rank != root:
+            assert bytes(job.results[rank] or b"") == tensor.tobytes()
+
+
+def test_results_come_back_while_the_upload_is_still_running() -> None:
+    job = MemoryJob(terms(2, 1, window=16 * KIB, frame=16 * KIB))
+    steps = job.all_reduce(gradients(2, 100_000))
+    job.run()
+    # With a window of one block nothing could be sent at all unless results released it on the way.
+    assert all(step.phase is Phase.COMMITTED for step in steps)
+
+
+def test_a_miner_holds_one_window_a_peer_and_one_ring_whatever_the_tensor() -> None:
+    job = MemoryJob(terms(3, 1))
+    job.all_reduce(gradients(3, 1_000_000))
+    job.run()
+    miner = job.miners[0]
+    held = sum(len(ring) for ring in miner._rings) + len(miner._output._buffer)
+    assert held == job.terms.miner_bytes
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_schedule_comes_to_an_end(seed: int) -> None:
+    check_schedule(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(40, 3000))
+def test_every_schedule_comes_to_an_end_thousands(seed: int) -> None:
+    check_schedule(seed)
+
+
+def check_schedule(seed: int) -> None:
+    """Random job, sizes, windows from one block, socket sizes and order of everything."""
+    rng = random.Random(seed)
+    peers, miners = rng.randint(1, 5), rng.randint(1, 6)
+    frame = rng.choice((1, 2, 4)) * 16 * KIB
+    window = rng.choice((1, 2, 3, 8)) * 16 * KIB
+    job = MemoryJob(
+        terms(peers, miners, window=window, frame=frame),
+        seed=seed,
+        socket_bytes=rng.choice((1, 16 * KIB, 256 * KIB)),
+    )
+    for step in range(rng.randint(1, 4)):
+        count = rng.choice((0, 1, 1000, 70_000, 200_000, 400_000))
+        if rng.random() < 0.3:
+            root = rng.randrange(peers)
+            tensor = gradients(1, count, seed=step)[0]
+            for rank in range(peers):
+                given = tensor if rank == root or rng.random() < 0.5 else None
+                job.begin(rank, ReduceOp.BROADCAST, given, root=root, contribute=rank == root)
+            job.run()
+            assert all(p.step and p.step.phase is Phase.COMMITTED for p in job.peers)
+        else:
+            tensors = gradients(peers, count, seed=step)
+            op = rng.choice((ReduceOp.AVG, ReduceOp.SUM))
+            order = list(range(peers))
+            rng.shuffle(order)
+            for rank in order:
+                job.begin(rank, op, tensors[rank])
+                job.run_some(rng.choice((0, 0, 3, 50)))
+            job.run()
+            assert_reduced(job, tensors, op)
+    assert job.violations == []
+
+
+# Disagreement -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(1000, 1001, 1000), (1000, 400_000, 1000), (0, 5, 5)])
+def test_different_shapes_fail_on_every_rank_naming_them(sizes: tuple[int, ...]) -> None:
+    job = MemoryJob(terms(3, 4))
+    for _ in range(3):
+        for rank, size in enumerate(sizes):
+            job.begin(rank, ReduceOp.AVG, gradients(1, size)[0])
+        job.run()
+        for peer in job.peers:
+            assert peer.step is not None
+            error = peer.step.error
+            assert isinstance(error, ShapeMismatch)
+            assert error.differences["shape"] == {r + 1: f"({s},)" for r, s in enumerate(sizes)}
+    tensors = gradients(3, 70_000)  # the job lives on
+    job.all_reduce(tensors)
+    job.run()
+    assert_reduced(job, tensors, ReduceOp.AVG)
+
+
+def test_different_dtypes_ops_and_calls_are_named() -> None:
+    job = MemoryJob(terms(2, 2))
+    job.begin(0, ReduceOp.SUM, np.zeros(4, dtype=np.float32))
+    job.begin(1, ReduceOp.SUM, np.zeros(4, dtype=np.int32))
+    job.run()
+    error = job.peers[0].step.error  # type: ignore[union-attr]
+    assert isinstance(error, CollectiveMismatch)
+    assert "dtype (rank 1: float32, rank 2: int32)" in str(error)
+
+    job.begin(0, ReduceOp.BROADCAST, None, root=1, contribute=False)
+    job.begin(1, ReduceOp.AVG, np.zeros(4, dtype=np.float32))
+    job.run()
+    error = job.peers[1].step.error  # type: ignore[union-attr]
+    assert isinstance(error, CollectiveMismatch)
+    assert "op (rank 1: broadcast, rank 2: avg)" in str(error)
+
+
+def test_two_roots_are_a_mismatch() -> None:
+    job = MemoryJob(terms(2, 1))
+    for rank in range(2):
+        job.begin(rank, ReduceOp.BROADCAST, np.zeros(4, dtype=np.float32), root=rank)
+    job.run()
+    assert all("root" in str(peer.step.error) for peer in job.peers if peer.step)
+
+
+# Loss ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moves", [0, 10, 100, 400])
+def test_a_lost_peer_fails_the_step_on_the_others_by_name(moves: int) -> None:
+    job = MemoryJob(terms(3, 2), seed=moves)
+    steps = job.all_reduce(gradients(3, 300_000))
+    job.run_some(moves)
+    job.kill_peer(1)
+    job.run()
+    for rank in (0, 2):
+        assert isinstance(steps[rank].error, PeerLost)
+        assert steps[rank].error.rank == 2
+    job.begin(0, ReduceOp.AVG, gradients(1, 10)[0])  # and every later step at once
+    job.run()
+    assert isinstance(job.peers[0].step.error, PeerLost)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("moves", [0, 10, 100, 400])
+def test_a_lost_miner_is_named_with_its_segment(moves: int) -> None:
+    job = MemoryJob(terms(3, 2), seed=moves)
+    steps = job.all_reduce(gradients(3, 300_000))
+    job.run_some(moves)
+    job.kill_miner(1)
+    job.run()
+    for step in steps:
+        assert isinstance(step.error, MinerLost)
+        assert (step.error.uid, step.error.segment) == (11, 1)
+    with pytest.raises(MinerLost):
+        job.begin(0, ReduceOp.AVG, gradients(1, 10)[0])
+
+
+def test_one_broken_stream_fails_the_step_on_every_rank() -> None:
+    job = MemoryJob(terms(3, 2))
+    steps = job.all_reduce(gradients(3, 300_000))
+    job.run_some(50)
+    job.cut(0, 1)
+    job.run()
+    assert all(step.phase is Phase.FAILED for step in steps)
+    assert isinstance(steps[0].error, MinerLost)
+    assert all(isinstance(step.error, (MinerLost, PeerLost)) for step in steps)
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_ranks_never_disagree_on_the_outcome_when_streams_break(seed: int) -> None:
+    """Whatever breaks and whenever: no rank commits a step that another one saw fail."""
+    job = MemoryJob(terms(3, 2), seed=seed)
+    tensors = gradients(3, 140_000)
+    steps = job.all_reduce(tensors)
+    job.run_some(job.random.randrange(250, 420))
+    for _ in range(job.random.randint(1, 3)):
+        fault = job.random.choice(("cut", "peer", "miner"))
+        if fault == "cut":
+            job.cut(job.random.randrange(3), job.random.randrange(2))
+        elif fault == "peer":
+            job.kill_peer(job.random.randrange(3))
+        else:
+            job.kill_miner(job.random.randrange(2))
+        job.run_some(job.random.randrange(20))
+    job.run()
+    phases = {step.phase for step in steps}
+    assert not {Phase.COMMITTED, Phase.FAILED} <= phases, [step.error for step in steps]
+    assert Phase.RUNNING not in phases
+    expected = reduce_reference(tensors, DType.FLOAT32, ReduceOp.AVG).tobytes()
+    for rank, step in enumerate(steps):
+        if step.phase is Phase.COMMITTED:
+            assert bytes(job.results[rank] or b"") == expected
+
+
+def test_an_acknowledged_rank_may_not_abort_and_learns_the_outcome_from_the_other_miner() -> None:
+    job = MemoryJob(terms(2, 2))
+    steps = job.all_reduce(gradients(2, 200_000))
+    while any(step.phase is Phase.RUNNING for step in steps):
+        job.run_some(1)
+    assert not job.peers[0].abort("peer_abort", "Ctrl+C", StepAborted(1, 1, "Ctrl+C"))
+    job.cut(0, 0)
+    job.run()
+    # Miner 0 may have this rank's acknowledgement or not; miner 1 is going to.
+    assert steps[0].phase is Phase.COMMITTED
+    assert steps[1].phase is Phase.COMMITTED
+
+
+def test_doubt_is_told_apart_from_failure() -> None:
+    job = MemoryJob(terms(2, 1))
+    steps = job.all_reduce(gradients(2, 70_000))
+    while steps[0].phase is Phase.RUNNING:
+        job.run_some(1)
+    job.kill_miner(0)
+    assert steps[0].phase is Phase.IN_DOUBT
+    job.peers[0].resolve(None)
+    assert isinstance(steps[0].error, StepInDoubt)
+
+
+def test_abort_reaches_ranks_in_the_step_and_ranks_still_to_come() -> None:
+    job = MemoryJob(terms(3, 2))
+    tensors = gradients(3, 200_000)
+    early = [job.begin(rank, ReduceOp.AVG, tensors[rank]) for rank in (0, 1)]
+    job.run()
+    assert all(step.phase is Phase.RUNNING and not step.entered for step in early)
+    for miner in range(2):
+        job.peers[0].ping(miner)
+    job.run()
+    assert early[0].waiting_for == (2,)
+
+    error = PeerTimeout([3], 5, "not all ranks entered step 1")
+    assert job.peers[0].abort("peer_timeout", str(error), error)
+    job.run()
+    late = job.begin(2, ReduceOp.AVG, tensors[2])
+    job.run()
+    assert early[0].error is error
+    for step in (early[1], late):
+        assert isinstance(step.error, StepAborted)
+        assert step.error.rank == 1
+        assert "rank 3" in str(step.error)
+    job.all_reduce(tensors)
+    job.run()
+    assert_reduced(job, tensors, ReduceOp.AVG)
+
+
+# Violations ---------------------------------------------------------------------------------------
+
+
+def peer_frame(kind: Kind, *, body: bytes = b"", **fields: int) -> bytes:
+    header = Header(kind=kind, length=fields.pop("length", len(body)), **fields)
+    return encode_frame(header, body) if body or not header.length else header.encode()
+
+
+def opened(count: int = 8) -> bytes:
+    job = MemoryJob(terms(1, 1))
+    job.begin(0, ReduceOp.AVG, np.zeros(count, dtype=np.float32))
+    data = job.peers[0].next_control(0)
+    assert data is not None
+    return data
+
+
+@pytest.mark.parametrize(
+    ("stream", "message"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n" + bytes(40), "lost its framing"),
+        (peer_frame(Kind.DATA, step=1, length=16), "not opened"),
+        (opened() + peer_frame(Kind.DATA, step=1, length=64), "up to 64 in a segment of 32"),
+        (opened() + peer_frame(Kind.DATA, step=1, offset=4, length=4), "expected at 0"),
+        (opened() + peer_frame(Kind.DATA, step=1, length=16), "whole blocks"),
+        (opened() + peer_frame(Kind.DATA, step=1, length=64 * KIB), "1 to 32768 are granted"),
+        (opened() + peer_frame(Kind.DATA, step=1, length=0), "DATA of 0 bytes"),
+        (opened() + opened(), "after step 1"),
+        (opened() + peer_frame(Kind.CLOSE, step=1, body=EMPTY_BODY), "CLOSE after 0 of 32"),
+        (opened() + peer_frame(Kind.ACK, step=1, body=EMPTY_BODY), "no certificate"),
+        (opened() + peer_frame(Kind.CLOSE, step=1, segment=3, body=EMPTY_BODY), "for segment 3"),
+        (peer_frame(Kind.OPEN, step=1, body=b"\x01"), "too short"),
+        (peer_frame(Kind.OPEN, step=1, body=b"\x09" + bytes(30)), "version 9"),
+        (peer_frame(Kind.COMMIT, body=EMPTY_BODY), "may not send COMMIT"),
+        (peer_frame(Kind.RESULT, length=5), "may not send RESULT"),
+        (Header(kind=Kind.PING, length=1 << 20).encode(), "at most 65536"),
+        (
+            peer_frame(
+                Kind.OPEN,
+                step=1,
+                body=Open(
+                    op=ReduceOp.AVG,
+                    tensor=TensorSpec(dtype=DType.FLOAT32, shape=(1 << 62, 1 << 62)),
+                ).encode(),
+            ),
+            "are granted",
+        ),
+        (
+            peer_frame(
+                Kind.OPEN,
+                step=1,
+                body=Open(
+                    op=ReduceOp.AVG, tensor=TensorSpec(dtype=DType.INT32, shape=(4,))
+                ).encode(),
+            ),
+            "no miner can reduce",
+        ),
+        (
+            peer_frame(
+                Kind.OPEN,
+                step=1,
+                body=Open(
+                    op=ReduceOp.SUM, tensor=TensorSpec(dtype=DType.INT32, shape=(4,))
+                ).encode(),
+            ),
+            "other segments",
+        ),
+    ],
+)
+def test_a_miner_refuses_what_the_protocol_forbids(stream: bytes, message: str) -> None:
+    job = MemoryJob(terms(1, 1))
+    job.streams[0, 0].to_miner += stream + bytes(1)
+    job.run()
+    assert [message in str(error) for error in job.violations] == [True], job.violations
+
+
+def test_a_peer_that_ignores_its_window_is_stopped() -> None:
+    job = MemoryJob(terms(2, 1))
+    job.begin(0, ReduceOp.AVG, np.zeros(100_000, dtype=np.float32))
+    job.peers[0].terms = terms(2, 1, window=128 * KIB)
+    job.run()
+    assert "exceeds the window of 65536" in str(job.violations[0])
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (peer_frame(Kind.RESULT, step=1, length=64 * KIB), "were sent"),
+        (peer_frame(Kind.RESULT, step=1, offset=16, length=16), "0 of"),
+        (peer_frame(Kind.RESULT, step=2, length=16), "for step 2"),
+        (peer_frame(Kind.COMMIT, step=1, body=EMPTY_BODY), "without this rank's acknowledgement"),
+        (peer_frame(Kind.CREDIT, step=1, offset=1 << 30), "CREDIT for"),
+        (peer_frame(Kind.DATA, step=1, length=16), "may not send DATA"),
+        (peer_frame(Kind.ABORT, step=1, body=b"\x01{"), "cannot be read"),
+        (peer_frame(Kind.ABORT, step=1, body=b'\x01{"code": "x"}'), "cannot be read"),
+    ],
+)
+def test_a_peer_refuses_what_the_protocol_forbids_and_names_the_miner(
+    frame: bytes, message: str
+) -> None:
+    job = MemoryJob(terms(2, 1))
+    job.begin(0, ReduceOp.AVG, np.zeros(100_000, dtype=np.float32))
+    job.streams[0, 0].to_peer += frame + bytes(1)
+    while not job.violations:
+        job._deliver_to_peer((0, 0))
+    assert job.violations[0].who == "miner uid 10 (miner-0)"
+    assert message in str(job.violations[0])
+
+
+def test_headers_survive_the_wire_and_any_cut() -> None:
+    seen: list[tuple[Header, bytes]] = []
+
+    def payload_buffer(header: Header, received: int) -> memoryview:
+        return memoryview(bytearray(min(7, header.length - received)))
+
+    def frame_received(header: Header, body: memoryview) -> None:
+        seen.append((header, bytes(body)))
+
+    frames = [
+        (Header(kind=Kind.PING, flags=1, step=3, segment=2, rank=1, length=4), b"abcd"),
+        (Header(kind=Kind.CREDIT, step=2**32 - 1, offset=2**40), b""),
+    ]
+    data = b"".join(encode_frame(h, b) for h, b in frames)
+    data += Header(kind=Kind.DATA, length=20).encode() + bytes(20)
+    for cut in range(1, len(data)):
+        seen.clear()
+        reader = FrameReader(payload_buffer, frame_received)
+        reader.feed(data[:cut])
+        reader.feed(data[cut:])
+        assert seen[:2] == frames
+        assert len(seen) == 3
