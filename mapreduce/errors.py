@@ -6,6 +6,7 @@ Knows the texts a person reads; ranks in them count from 1, as in `Peer`.
     +-- LocalError                 this process was used or configured wrongly; retrying cannot help
     |   +-- ConfigError            a flag, variable or key: names it, its value and what is allowed
     |   +-- WalletError            wallet missing, unreadable, or wrong password
+    |   +-- InvalidArgument        (also ValueError) an argument out of range; names it
     |   +-- NotRegistered          the hotkey is not on the subnet; names the command that registers
     it
     |   +-- PortInUse              the address to listen on is taken
@@ -37,14 +38,26 @@ Knows the texts a person reads; ranks in them count from 1, as in `Peer`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
 class MapReduceError(Exception):
-    """Root of every error this project raises on purpose."""
+    """Root of every error this project raises on purpose. All of them survive pickling."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Constructors take facts, not the message: the default would call them with the message.
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(
+    kind: type[MapReduceError], args: tuple[Any, ...], facts: dict[str, Any]
+) -> MapReduceError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(facts)
+    return error
 
 
 class LocalError(MapReduceError):
@@ -57,6 +70,10 @@ class ConfigError(LocalError):
 
 class WalletError(LocalError):
     """A wallet is missing, unreadable or locked with another password."""
+
+
+class InvalidArgument(LocalError, ValueError):
+    """An argument of the public API cannot be used."""
 
 
 class NotRegistered(LocalError):

@@ -1,1 +1,1 @@
-"""Entry points that operators start; each parses its configuration and runs one service."""
+"""What operators start; each script parses its configuration and runs one service."""

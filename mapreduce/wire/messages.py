@@ -153,7 +153,8 @@ class Report:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportAnswer:
-    """The last step that any rank of the job reported as committed, and those reported as failed."""
+    """The last step that any rank of the job reported as committed, and those reported as
+    failed."""
 
     __pydantic_config__ = _STRICT
 

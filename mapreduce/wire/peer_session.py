@@ -164,8 +164,8 @@ class PeerSession:
         if committed is None:
             step.error = StepInDoubt(
                 f"step {step.number}: {lost}; every rank had acknowledged, and nobody reachable "
-                "knows whether the step was committed: other ranks may hold its result, this tensor is "
-                "untouched"
+                "knows whether the step was committed: other ranks may hold its result, this "
+                "tensor is untouched"
             )
 
     def miner_lost(self, miner: int, reason: str) -> None:

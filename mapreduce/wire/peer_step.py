@@ -52,6 +52,11 @@ class Step:
         return self.phase in (Phase.COMMITTED, Phase.FAILED)
 
     @property
+    def uploading(self) -> bool:
+        """Whether bytes of the input are still to be sent."""
+        return self.phase is Phase.RUNNING and any(u.sent < u.length for u in self.uploads)
+
+    @property
     def entered(self) -> bool:
         """Whether every rank is known to have entered: a result came, or a miner said so."""
         return any(self.received) or any(

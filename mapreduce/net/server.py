@@ -1,0 +1,148 @@
+"""The HTTP server of a neuron:
+
+authentication, limits and error bodies around its routes. Knows no route's meaning.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from mapreduce import __version__
+from mapreduce.errors import (
+    BadMessage,
+    LocalError,
+    PortInUse,
+    Refused,
+    Unavailable,
+    VersionMismatch,
+)
+from mapreduce.net.auth import Caller, Denied, Verifier
+from mapreduce.wire.messages import MAX_MESSAGE_BYTES, ErrorAnswer, ErrorDetail, encode_message
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+VERSION_HEADER = "X-Mapreduce-Version"
+SHUTDOWN_TIMEOUT_S = 2.0
+CALLER = web.RequestKey("caller", Caller)
+BODY = web.RequestKey("body", bytes)
+
+_log = logging.getLogger(__name__)
+
+
+def major(version: str) -> str:
+    """The part of a version that both sides must share."""
+    return version.partition(".")[0]
+
+
+def check_version(theirs: str | None, who: str) -> None:
+    """Raises VersionMismatch, naming both versions, unless the major ones are equal."""
+    if theirs is None or major(theirs) != major(__version__):
+        raise VersionMismatch(
+            f"{who} speaks version {theirs or 'unknown'}, this side {__version__}: the major "
+            "versions must be equal; update the older one",
+            status=426,
+        )
+
+
+def json_response(message: object, status: int = 200) -> web.Response:
+    """A control message as an answer."""
+    return web.Response(
+        body=encode_message(message),
+        status=status,
+        content_type="application/json",
+        headers={VERSION_HEADER: __version__},
+    )
+
+
+def error_response(status: int, code: str, message: str) -> web.Response:
+    """A refusal: `code` for programs, `message` for people."""
+    detail = ErrorDetail(code=code, message=message[:4096])
+    return json_response(ErrorAnswer(error=detail), status)
+
+
+def make_app(verifier: Verifier, readiness: Callable[[], str | None]) -> web.Application:
+    """An application whose `/v1/` routes are reached by authenticated callers only.
+
+    `request[CALLER]` says who calls and `request[BODY]` holds the verified body. `readiness`
+    returns why the service is not ready, or None.
+    """
+
+    @web.middleware
+    async def authenticate(
+        request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        if not request.path.startswith("/v1/"):
+            return await handler(request)
+        try:
+            check_version(request.headers.get(VERSION_HEADER), "the caller")
+            body = await request.read()
+            request[CALLER] = verifier.verify(
+                request.headers, body, method=request.method, path=request.raw_path
+            )
+            request[BODY] = body
+            return await handler(request)
+        except web.HTTPRequestEntityTooLarge:
+            limit = f"control messages are limited to {MAX_MESSAGE_BYTES} bytes"
+            return error_response(413, "too_large", limit)
+        except Denied as error:
+            return error_response(401, error.code, str(error))
+        except BadMessage as error:
+            return error_response(400, "bad_message", str(error))
+        except Refused as error:
+            return error_response(error.status or 409, error.code, str(error))
+        except (Unavailable, LocalError) as error:
+            _log.warning("request failed", extra={"path": request.path, "error": str(error)})
+            return error_response(503, "unavailable", str(error))
+
+    async def healthz(_: web.Request) -> web.Response:
+        return web.json_response({"status": "ok", "version": __version__})
+
+    async def readyz(_: web.Request) -> web.Response:
+        reason = readiness()
+        if reason is not None:
+            return web.json_response({"status": "not ready", "reason": reason}, status=503)
+        return web.json_response({"status": "ready", "version": __version__})
+
+    app = web.Application(middlewares=[authenticate], client_max_size=MAX_MESSAGE_BYTES)
+    app.router.add_get("/healthz", healthz)
+    app.router.add_get("/readyz", readyz)
+    return app
+
+
+async def start_server(app: web.Application, ip: str, port: int) -> web.AppRunner:
+    """Listens on `ip:port`; `await runner.cleanup()` ends it. Raises PortInUse or LocalError."""
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        handler_cancellation=True,  # a peer that hangs up must lose its place in a join
+        shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+    )
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, ip, port).start()
+    except OSError as error:
+        await runner.cleanup()
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUse(ip, port) from None
+        raise LocalError(
+            f"cannot listen on {ip}:{port}: {error.strerror or error}; check --axon.ip and "
+            "--axon.port"
+        ) from None
+    return runner
+
+
+def parse_error(status: int, body: bytes) -> ErrorDetail:
+    """The refusal in an answer, whatever sent it."""
+    try:
+        document = json.loads(body)["error"]
+        return ErrorDetail(code=str(document["code"])[:64], message=str(document["message"])[:4096])
+    except (ValueError, KeyError, TypeError):
+        return ErrorDetail(
+            code="http_error", message=f"HTTP status {status} from no neuron of ours"
+        )

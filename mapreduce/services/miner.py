@@ -1,0 +1,206 @@
+"""The miner:
+
+accepts jobs from validators and reduces what their peers stream. Knows routes, admission and
+shutdown.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from mapreduce import __version__
+from mapreduce.config import available_memory_bytes
+from mapreduce.core.reduce import check_subnormals
+from mapreduce.errors import BadMessage, Refused
+from mapreduce.net.auth import Verifier, check_statement
+from mapreduce.net.server import BODY, CALLER, json_response, make_app
+from mapreduce.net.stream import is_upgrade
+from mapreduce.services.miner_job import MinerJob
+from mapreduce.services.neuron import Directory, Neuron
+from mapreduce.wire.messages import (
+    Accepted,
+    Grant,
+    MinerStatus,
+    SignedGrant,
+    decode_message,
+)
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+    from mapreduce.config import MinerConfig
+
+_log = logging.getLogger(__name__)
+
+
+class Miner:
+    """The routes and the jobs of one miner. `directory` says who is a validator."""
+
+    def __init__(
+        self, hotkey: str, directory: Directory, *, max_jobs: int, memory_limit_bytes: int
+    ) -> None:
+        self.hotkey = hotkey
+        self.jobs: dict[str, MinerJob] = {}
+        self._directory = directory
+        self._max_jobs = max_jobs
+        self._memory_limit_bytes = memory_limit_bytes
+        self._closing = False
+
+    def add_routes(self, app: web.Application) -> None:
+        app.router.add_get("/v1/status", self._status)
+        app.router.add_post("/v1/jobs", self._offer)
+        app.router.add_delete("/v1/jobs/{job}", self._release)
+        app.router.add_post("/v1/jobs/{job}/grant", self._renew)
+        app.router.add_get("/v1/jobs/{job}/stream", self._stream)
+        app.on_shutdown.append(self._shutdown)
+
+    @property
+    def memory_free_bytes(self) -> int:
+        """What the limit leaves, or what the machine has left if that is less."""
+        reserved = sum(job.terms.miner_bytes for job in self.jobs.values())
+        return max(0, min(self._memory_limit_bytes - reserved, available_memory_bytes()))
+
+    async def _require_validator(self, request: web.Request) -> str:
+        address = request[CALLER].address
+        if request[CALLER].is_session_key or not await self._directory.is_validator(address):
+            raise Refused(
+                f"{address} holds no validator permit on this subnet", code="no_permit", status=403
+            )
+        return address
+
+    async def _status(self, request: web.Request) -> web.Response:
+        await self._require_validator(request)
+        status = MinerStatus(
+            version=__version__,
+            jobs=len(self.jobs),
+            max_jobs=self._max_jobs,
+            memory_free_bytes=self.memory_free_bytes,
+            memory_limit_bytes=self._memory_limit_bytes,
+        )
+        return json_response(status)
+
+    async def _offer(self, request: web.Request) -> web.Response:
+        validator = await self._require_validator(request)
+        grant = self._read_grant(request, validator)
+        segments = [i for i, miner in enumerate(grant.miners) if miner.hotkey == self.hotkey]
+        if len(segments) != 1:
+            raise BadMessage(f"the grant names this miner {len(segments)} times")
+        if grant.job in self.jobs:
+            raise Refused(f"job {grant.job} is already accepted", code="duplicate_job")
+        self._admit(grant)
+        job = MinerJob(grant, segments[0], self._ended)
+        self.jobs[grant.job] = job
+        _log.info(
+            "job accepted",
+            extra={
+                "job": grant.job[:8],
+                "peers": job.terms.peer_count,
+                "segment": segments[0],
+                "of": job.terms.miner_count,
+                "bytes": job.terms.miner_bytes,
+            },
+        )
+        return json_response(Accepted(job=grant.job))
+
+    def _read_grant(self, request: web.Request, validator: str | None) -> Grant:
+        signed = decode_message(SignedGrant, request[BODY])
+        grant = decode_message(Grant, signed.grant)
+        if validator is not None and grant.validator != validator:
+            raise BadMessage(f"the grant is {grant.validator}'s, not the caller's")
+        check_statement(grant.validator, "grant", signed.grant, signed.signature)
+        if grant.expires_at <= time.time():
+            raise BadMessage("the grant has expired")
+        return grant
+
+    def _admit(self, grant: Grant) -> None:
+        """Raises Refused, with the figures, if there is no room for the job."""
+        needed = grant.terms.miner_bytes
+        free = self.memory_free_bytes
+        if self._closing:
+            raise Refused("the miner is shutting down", code="closing", status=503)
+        if len(self.jobs) >= self._max_jobs:
+            raise Refused(
+                f"all {self._max_jobs} jobs (--miner.max_jobs) are taken", code="too_many_jobs"
+            )
+        if needed > free:
+            raise Refused(
+                f"the job needs {needed >> 20} MiB, {free >> 20} MiB are free "
+                "(--miner.memory_limit)",
+                code="no_memory",
+            )
+
+    async def _release(self, request: web.Request) -> web.Response:
+        validator = await self._require_validator(request)
+        job = self._job(request)
+        if job.grant.validator != validator:
+            raise Refused("the job is another validator's", code="not_yours", status=403)
+        job.close("the validator released the job")
+        return json_response(Accepted(job=job.grant.job))
+
+    async def _renew(self, request: web.Request) -> web.Response:
+        job = self._job(request)
+        self._rank(request, job)
+        grant = self._read_grant(request, job.grant.validator)
+        if grant.job != job.grant.job:
+            raise BadMessage("the renewed grant is another job's")
+        job.renew(grant)
+        return json_response(Accepted(job=grant.job))
+
+    async def _stream(self, request: web.Request) -> web.StreamResponse:
+        job = self._job(request)
+        rank = self._rank(request, job)
+        if not is_upgrade(request):
+            raise Refused("a stream needs Upgrade: mapreduce/1", code="not_an_upgrade", status=426)
+        await job.serve(request, rank)
+        raise AssertionError("serve ends with an exception")
+
+    def _job(self, request: web.Request) -> MinerJob:
+        job = self.jobs.get(request.match_info["job"])
+        if job is None:
+            raise Refused("this miner has no such job", code="no_such_job", status=404)
+        return job
+
+    @staticmethod
+    def _rank(request: web.Request, job: MinerJob) -> int:
+        rank = job.rank_of(request[CALLER].address)
+        if rank is None:
+            raise Refused("the job has no such peer", code="not_in_job", status=403)
+        return rank
+
+    def _ended(self, job: MinerJob) -> None:
+        self.jobs.pop(job.grant.job, None)
+        _log.info(
+            "job ended",
+            extra={
+                "job": job.grant.job[:8],
+                "steps": job.session.committed_steps,
+                "bytes": job.session.reduced_bytes,
+            },
+        )
+
+    async def _shutdown(self, _: web.Application) -> None:
+        self._closing = True
+        for job in tuple(self.jobs.values()):
+            job.close("the miner is shutting down")
+
+
+async def run_miner(config: MinerConfig) -> None:
+    """Serves as a miner until it is told to stop.
+
+    Raises LocalError or Unavailable if it cannot start.
+    """
+    check_subnormals()
+    async with Neuron.open(config.chain, config.wallet, "miner") as neuron:
+        uid = await neuron.require_uid()
+        directory = Directory(neuron.client, config.chain.netuid)
+        miner = Miner(
+            neuron.hotkey,
+            directory,
+            max_jobs=config.max_jobs,
+            memory_limit_bytes=config.memory_limit_bytes,
+        )
+        app = make_app(Verifier(neuron.hotkey), neuron.not_ready)
+        miner.add_routes(app)
+        await neuron.serve(app, config.axon, uid)

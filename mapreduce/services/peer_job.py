@@ -1,0 +1,466 @@
+"""One job at a peer:
+
+joins it, opens the streams, runs collectives over them. Training peers and bots alike.
+
+Knows time and sockets, and what to do when something does not move. Does not know torch or threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from mapreduce.errors import (
+    BadMessage,
+    JobClosed,
+    JobRefused,
+    MapReduceError,
+    PeerTimeout,
+    Refused,
+    Unavailable,
+    ValidatorUnreachable,
+    VersionMismatch,
+)
+from mapreduce.net.auth import check_statement, new_session_key, sign_request
+from mapreduce.net.client import Remote, call, make_http_session
+from mapreduce.net.stream import FrameStream, connect_stream
+from mapreduce.services.step_report import StepReport, measure
+from mapreduce.wire.bodies import TensorSpec, encode_text
+from mapreduce.wire.frames import Header, Kind, encode_frame
+from mapreduce.wire.messages import (
+    Accepted,
+    Grant,
+    JoinRequest,
+    Report,
+    ReportAnswer,
+    SignedGrant,
+    decode_message,
+)
+from mapreduce.wire.peer_session import MinerName, PeerSession
+from mapreduce.wire.peer_step import Phase, Step
+from mapreduce.wire.schedule import frame_bytes_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import aiohttp
+    from bittensor.sp_core import Keypair
+
+    from mapreduce.core.reduce import ReduceOp
+
+PING_IDLE_S = 15.0  # keeps NAT entries alive between steps
+PING_STEP_S = 2.0  # inside a step, to learn whom it waits for
+SILENCE_S = 60.0  # four missed PINGs
+PATIENCE_S = 0.001  # how long a turn waits for the next miner's socket
+LOG_WAIT_S = 10.0  # between two log lines about the same wait
+MIN_STALL_S = 20.0  # inside a step: nothing moves for that long, or for ten times the last step
+CONNECT_TIMEOUT_S = 10.0
+DOUBT_TIMEOUT_S = 5.0  # for other ranks to tell the validator what they saw
+
+_log = logging.getLogger(__name__)
+
+
+class PeerJob:
+    """A granted job whose streams are open. Use it from one event loop; make it with `open_job`."""
+
+    def __init__(
+        self,
+        http: aiohttp.ClientSession,
+        validator: Remote,
+        session_key: Keypair,
+        signed: SignedGrant,
+        grant: Grant,
+        rank: int,
+    ) -> None:
+        self.grant = grant
+        self.rank = rank
+        self.miners = [
+            Remote(f"miner uid {miner.uid}", miner.hotkey, miner.ip, miner.port)
+            for miner in grant.miners
+        ]
+        names = [MinerName(miner.uid, miner.hotkey) for miner in grant.miners]
+        self.session = PeerSession(grant.terms, rank, names)
+        self.last_step: StepReport | None = None
+        self._http = http
+        self._validator = validator
+        self._key = session_key
+        self._signed = signed
+        self._streams: dict[int, FrameStream] = {}
+        self._responses: list[aiohttp.ClientResponse] = []
+        self._changed = asyncio.Event()
+        self._patience: asyncio.TimerHandle | None = None
+        self._upkeep: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._committed_step = 0
+        self._reported_loss = False
+
+    # Opening and closing ------------------------------------------------------------------------
+
+    async def connect(self) -> None:
+        """Opens one stream to every miner. Raises Unavailable or Refused, naming the miner."""
+        async with asyncio.TaskGroup() as group:
+            for index in range(len(self.miners)):
+                group.create_task(self._connect(index))
+        self._upkeep = asyncio.create_task(self._keep_up())
+
+    async def _connect(self, index: int) -> None:
+        remote = self.miners[index]
+        path = f"/v1/jobs/{self.grant.job}/stream"
+        headers = sign_request(self._key, method="GET", path=path, body=b"", receiver=remote.hotkey)
+        stream = FrameStream(self, self.session.reader(index), index)
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                response = await connect_stream(self._http, remote, path, headers, stream)
+        except TimeoutError:
+            raise Unavailable(
+                f"{remote} did not open a stream in {CONNECT_TIMEOUT_S:g} s"
+            ) from None
+        self._responses.append(response)
+        self._streams[index] = stream
+
+    async def close(self, reason: str = "the peer is done") -> None:
+        """Leaves the job; every socket is closed when it returns.
+
+        A step under way fails everywhere.
+        """
+        if self._upkeep is not None:
+            self._upkeep.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._upkeep
+        if self._patience is not None:
+            self._patience.cancel()
+        body = encode_text(reason)
+        goodbye = encode_frame(Header(kind=Kind.GOODBYE, length=len(body)), body)
+        streams = tuple(self._streams.values())
+        self._pump()  # an ABORT may still be queued
+        for stream in streams:
+            stream.close(goodbye)
+        if streams:
+            await asyncio.wait([stream.closed for stream in streams], timeout=5.0)
+        for response in self._responses:
+            response.close()
+        await self._http.close()
+
+    # Collectives --------------------------------------------------------------------------------
+
+    async def collective(
+        self,
+        op: ReduceOp,
+        *,
+        root: int = 0,
+        tensor: TensorSpec | None,
+        source: memoryview | None,
+        allocate: Callable[[int], memoryview],
+        enter_timeout_s: float,
+        timeout_s: float | None = None,
+    ) -> Step:
+        """Runs one collective to its commit; see `PeerSession.begin` for the arguments.
+
+        `enter_timeout_s` bounds the wait for ranks that have not entered, `timeout_s` the whole
+        step. Raises StepFailed or Unavailable; the source is untouched and nobody has the result.
+        """
+        self.session.check_open()
+        started = self._loop.time()
+        self._changed.clear()
+        step = self.session.begin(op, root=root, tensor=tensor, source=source, allocate=allocate)
+        self._pump()
+        try:
+            await self._wait(step, started, enter_timeout_s, timeout_s)
+        except asyncio.CancelledError:
+            self.abort("the caller gave up")
+            raise
+        if step.error is not None:
+            if self.session.lost:
+                await self._report(step, "failed")
+            raise step.error
+        self._committed_step = step.number
+        self._measure(step, self._loop.time() - started)
+        return step
+
+    def abort(self, reason: str) -> bool:
+        """Gives up the step under way, on every rank.
+
+        False if there is none that may still fail.
+        """
+        step = self.session.step
+        error = JobClosed(f"step {step.number if step else 0} was given up: {reason}")
+        aborted = self.session.abort("peer_abort", reason, error)
+        self._pump()
+        self._changed.set()
+        return aborted
+
+    async def _wait(
+        self, step: Step, started: float, enter_timeout_s: float, timeout_s: float | None
+    ) -> None:
+        """Returns when the step is over; gives it up when a deadline passes or nothing moves."""
+        last = self.last_step
+        stall_s = max(MIN_STALL_S, 10 * last.seconds if last else 0.0)
+        moved, moved_at = 0, started
+        pinged_at = logged_at = started
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await self._changed.wait()
+            self._changed.clear()
+            if step.phase is Phase.IN_DOUBT:
+                await self._resolve_doubt(step)
+            if step.done:
+                return
+            now = self._loop.time()
+            if not step.entered or step.moved_bytes != moved:
+                moved, moved_at = step.moved_bytes, now
+            if now - pinged_at > PING_STEP_S:
+                pinged_at = now
+                self._ping(step.involved)
+            if now - logged_at > LOG_WAIT_S:
+                logged_at = now
+                _log.info("waiting", extra=self._describe_wait(step, now - started))
+            self._check_deadlines(
+                step, now - started, now - moved_at, stall_s, enter_timeout_s, timeout_s
+            )
+
+    def _check_deadlines(
+        self,
+        step: Step,
+        waited_s: float,
+        still_s: float,
+        stall_s: float,
+        enter_timeout_s: float,
+        timeout_s: float | None,
+    ) -> None:
+        waiting_for = [rank + 1 for rank in step.waiting_for]
+        what = f"step {step.number} ({step.op.label})"
+        if timeout_s is not None and waited_s > timeout_s:
+            error = PeerTimeout(waiting_for, timeout_s, f"{what} did not end")
+        elif not step.entered and waited_s > enter_timeout_s:
+            error = PeerTimeout(waiting_for, enter_timeout_s, f"not all ranks entered {what}")
+        elif step.entered and still_s > stall_s:
+            error = PeerTimeout(waiting_for, stall_s, f"nothing moved in {what}")
+        else:
+            return
+        if self.session.abort("peer_timeout", str(error), error):
+            self._pump()
+        elif step.phase is Phase.ACKNOWLEDGED and still_s > stall_s:
+            # Bound by the acknowledgement: who does not say how the step ended counts as lost.
+            for miner in set(step.involved) - step.committed - step.aborted.keys():
+                if miner in self._streams:
+                    self._streams[miner].fail(f"no COMMIT in {stall_s:g} s")
+
+    def _describe_wait(self, step: Step, seconds: float) -> dict[str, object]:
+        return {
+            "step": step.number,
+            "op": step.op.label,
+            "seconds": round(seconds, 1),
+            "entered": step.entered,
+            "waiting_for_ranks": [rank + 1 for rank in step.waiting_for],
+        }
+
+    def _measure(self, step: Step, seconds: float) -> None:
+        report = self.last_step = measure(step, self.grant.miners, seconds)
+        if report.bytes_up:
+            rate = report.bytes_up / seconds
+            self.session.frame_bytes = frame_bytes_for(rate, self.grant.frame_bytes)
+
+    # Streams ------------------------------------------------------------------------------------
+
+    def stream_received(self, stream: FrameStream) -> None:
+        self._pump()
+        self._wake()
+
+    def stream_writable(self, stream: FrameStream) -> None:
+        self._pump()
+
+    def stream_lost(self, stream: FrameStream, reason: str) -> None:
+        self._streams.pop(stream.index, None)
+        self.session.miner_lost(stream.index, reason)
+        self._pump()
+        self._wake()
+
+    def _wake(self) -> None:
+        step = self.session.step
+        if step is not None and (step.done or step.phase is Phase.IN_DOUBT):
+            self._changed.set()
+
+    def _writable(self, miner: int) -> bool:
+        stream = self._streams.get(miner)
+        return stream is not None and stream.writable
+
+    def _pump(self, patient: bool = True) -> None:
+        """Writes what the session has: control at once, data as the schedule says."""
+        session = self.session
+        for miner, stream in tuple(self._streams.items()):
+            while stream.writable and (frame := session.next_control(miner)) is not None:
+                stream.write(frame)
+        sent = False
+        while (upload := session.next_upload(self._writable, patient=patient)) is not None:
+            miner, header, payload = upload
+            stream = self._streams[miner]
+            stream.write(header)
+            stream.write(payload)
+            sent = True
+            while stream.writable and (frame := session.next_control(miner)) is not None:
+                stream.write(frame)  # CLOSE right behind the last DATA
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+        step = session.step
+        if not sent and patient and step is not None and step.uploading:
+            self._patience = self._loop.call_later(PATIENCE_S, self._pump, False)
+
+    def _ping(self, miners: tuple[int, ...]) -> None:
+        for miner in miners:
+            self.session.ping(miner)
+        self._pump()
+
+    # Upkeep -------------------------------------------------------------------------------------
+
+    async def _keep_up(self) -> None:
+        """Between and during steps: keeps paths open, notices dead ones, renews the grant."""
+        renew_at = self._renewal_time()
+        while True:
+            await asyncio.sleep(PING_IDLE_S)
+            now = self._loop.time()
+            for stream in tuple(self._streams.values()):
+                if now - stream.last_read > SILENCE_S:
+                    stream.fail(f"no sign of life for {SILENCE_S:g} s")
+            self._ping(tuple(self._streams))
+            if time.time() > renew_at:
+                try:
+                    await self._renew()
+                    renew_at = self._renewal_time()
+                except MapReduceError as error:
+                    left_s = round(self.grant.expires_at - time.time())
+                    _log.warning(
+                        "grant not renewed", extra={"error": str(error), "expires_in_s": left_s}
+                    )
+
+    def _renewal_time(self) -> float:
+        return (self.grant.created_at + self.grant.expires_at) / 2 if self.grant else 0.0
+
+    async def _renew(self) -> None:
+        signed = await call(
+            self._http, self._key, self._validator, "POST", "/v1/renew", self._signed, SignedGrant
+        )
+        grant = read_grant(signed, self._validator, self._key.ss58_address, self.rank)
+        if grant.job != self.grant.job:
+            raise BadMessage("the renewed grant is another job's", who=str(self._validator))
+        path = f"/v1/jobs/{grant.job}/grant"
+        for miner in self.miners:
+            await call(self._http, self._key, miner, "POST", path, signed, Accepted)
+        self._signed, self.grant = signed, grant
+
+    # Doubt --------------------------------------------------------------------------------------
+
+    async def _resolve_doubt(self, step: Step) -> None:
+        """Asks the validator what other ranks saw, for a while:
+
+        they report as soon as they know.
+        """
+        deadline = self._loop.time() + DOUBT_TIMEOUT_S
+        committed: bool | None = None
+        while committed is None and self._loop.time() < deadline:
+            answer = await self._report(step, "in_doubt")
+            if answer is not None and answer.committed_step >= step.number:
+                committed = True
+            elif answer is not None and step.number in answer.failed_steps:
+                committed = False
+            else:
+                await asyncio.sleep(0.5)
+        self.session.resolve(committed)
+
+    async def _report(self, step: Step, outcome: Any) -> ReportAnswer | None:  # Any: a Literal
+        report = Report(
+            grant=self._signed,
+            rank=self.rank,
+            step=step.number,
+            committed_step=self._committed_step,
+            outcome=outcome,
+            lost_miners=[self.grant.miners[miner].uid for miner in self.session.lost],
+            message=str(step.error or "")[:1024],
+        )
+        try:
+            return await call(
+                self._http, self._key, self._validator, "POST", "/v1/report", report, ReportAnswer
+            )
+        except MapReduceError as error:
+            _log.warning("validator took no report", extra={"error": str(error)})
+            return None
+
+
+def read_grant(signed: SignedGrant, validator: Remote, session_key: str, rank: int) -> Grant:
+    """The grant in an answer, once it is proven to be the validator's and ours.
+
+    Raises BadMessage.
+    """
+    check_statement(validator.hotkey, "grant", signed.grant, signed.signature)
+    grant = decode_message(Grant, signed.grant)
+    if rank >= len(grant.session_keys) or grant.session_keys[rank] != session_key:
+        raise BadMessage("the grant does not name this peer at its rank", who=str(validator))
+    return grant
+
+
+async def open_job(
+    hotkey: Keypair,
+    validator: Remote,
+    *,
+    rank: int,
+    peer_count: int,
+    bandwidth: int,
+    miner_count: int | None = None,
+    job: str = "",
+    join_timeout_s: float = 60.0,
+) -> PeerJob:
+    """Joins a job as `rank` (index from 0) and opens its streams.
+
+    Raises:
+        ValidatorUnreachable: nobody answers at the validator's axon.
+        JobRefused: ranks are missing, taken or disagree, or there are too few miners.
+        VersionMismatch: the validator or a miner speaks another major version.
+        Unavailable: a miner cannot be reached.
+    """
+    key = new_session_key()
+    request = JoinRequest(
+        rank=rank,
+        peer_count=peer_count,
+        bandwidth=bandwidth,
+        miner_count=miner_count,
+        session_key=key.ss58_address,
+        job=job,
+        timeout_s=join_timeout_s,
+    )
+    http = make_http_session()
+    try:
+        try:
+            signed = await call(
+                http,
+                hotkey,
+                validator,
+                "POST",
+                "/v1/join",
+                request,
+                SignedGrant,
+                timeout_s=join_timeout_s + 30.0,  # finding miners comes on top of waiting for ranks
+            )
+        except VersionMismatch:
+            raise
+        except Refused as error:
+            raise JobRefused(str(error), code=error.code, status=error.status) from None
+        except Unavailable as error:
+            raise ValidatorUnreachable(str(error)) from None
+        grant = read_grant(signed, validator, key.ss58_address, rank)
+        peer_job = PeerJob(http, validator, key, signed, grant, rank)
+        try:
+            await peer_job.connect()
+        except BaseExceptionGroup as errors:
+            await peer_job.close("could not reach every miner")
+            first = next((e for e in errors.exceptions if isinstance(e, MapReduceError)), None)
+            if first is None:
+                raise
+            raise first from None
+        return peer_job
+    except BaseException:
+        await http.close()
+        raise

@@ -1,0 +1,37 @@
+"""The validator: a coordinator on its own axon. Knows how its parts are put together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mapreduce.net.auth import Verifier
+from mapreduce.net.client import make_http_session
+from mapreduce.net.server import make_app
+from mapreduce.services.coordinator import Coordinator, Limits
+from mapreduce.services.neuron import Directory, Neuron
+
+if TYPE_CHECKING:
+    from mapreduce.config import ValidatorConfig
+
+
+async def run_validator(config: ValidatorConfig) -> None:
+    """Serves as a validator until it is told to stop.
+
+    Raises LocalError or Unavailable if it cannot start.
+    """
+    netuid = config.chain.netuid
+    async with (
+        Neuron.open(config.chain, config.wallet, "validator") as neuron,
+        make_http_session() as http,
+    ):
+        uid = await neuron.require_uid()
+        limits = Limits(
+            window_bytes=config.window_bytes,
+            frame_bytes=config.frame_bytes,
+            join_timeout_s=config.join_timeout_s,
+        )
+        directory = Directory(neuron.client, netuid)
+        coordinator = Coordinator(neuron.key, netuid, directory, http, limits)
+        app = make_app(Verifier(neuron.hotkey), neuron.not_ready)
+        coordinator.add_routes(app)
+        await neuron.serve(app, config.axon, uid)
