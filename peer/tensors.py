@@ -1,0 +1,98 @@
+"""Tensors as the data plane sees them:
+
+dtype, shape, bytes. Knows torch and numpy; knows no network.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from mapreduce.core.dtypes import dtype_from_label, dtype_from_numpy
+from mapreduce.errors import UnsupportedTensor
+from mapreduce.wire.bodies import MAX_DIMENSIONS, TensorSpec
+
+# Any: the element type is checked at run time.
+Tensor: TypeAlias = torch.Tensor | np.ndarray[Any, np.dtype[Any]]
+
+
+def describe(tensor: Tensor, *, written: bool) -> TensorSpec:
+    """Dtype and shape of a tensor that a collective can use; `written` if the result goes into it.
+
+    Raises UnsupportedTensor, which says what to pass instead.
+    """
+    if isinstance(tensor, torch.Tensor):
+        return _describe_torch(tensor, written)
+    if isinstance(tensor, np.ndarray):
+        return _describe_numpy(tensor, written)
+    raise UnsupportedTensor(
+        f"a torch.Tensor or numpy.ndarray is needed, not {type(tensor).__name__}"
+    )
+
+
+def _describe_torch(tensor: torch.Tensor, written: bool) -> TensorSpec:
+    if tensor.layout is not torch.strided:
+        raise UnsupportedTensor(f"a {tensor.layout} tensor: pass tensor.to_dense()")
+    if tensor.device.type != "cpu":
+        raise UnsupportedTensor(
+            f"the tensor is on {tensor.device}: pass tensor.cpu() and copy the result back"
+        )
+    if tensor.is_quantized:
+        raise UnsupportedTensor("a quantized tensor: pass tensor.int_repr() or tensor.dequantize()")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedTensor(
+            "the tensor requires grad, and collectives are not differentiated: pass tensor.grad, "
+            "tensor.detach() or call under torch.no_grad()"
+        )
+    if written and any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    ):
+        raise UnsupportedTensor(
+            "the tensor is expanded (several elements share memory): pass tensor.contiguous()"
+        )
+    _check_dimensions(tensor.ndim)
+    dtype = dtype_from_label(str(tensor.dtype).removeprefix("torch."))
+    return TensorSpec(dtype=dtype, shape=tuple(tensor.shape))
+
+
+def _describe_numpy(array: np.ndarray[Any, np.dtype[Any]], written: bool) -> TensorSpec:
+    if written and not array.flags.writeable:
+        raise UnsupportedTensor("the array is read-only and the result goes into it: pass a copy")
+    _check_dimensions(array.ndim)
+    return TensorSpec(dtype=dtype_from_numpy(array.dtype), shape=array.shape)
+
+
+def _check_dimensions(count: int) -> None:
+    if count > MAX_DIMENSIONS:
+        raise UnsupportedTensor(f"a tensor of {count} dimensions: at most {MAX_DIMENSIONS}")
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The elements in C order, without a copy where the tensor is contiguous."""
+    if isinstance(tensor, torch.Tensor):
+        # copy: only if it is not contiguous; the wire needs one run of bytes
+        flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+        return flat.view(torch.uint8).numpy().data
+    return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
+
+
+def assign(tensor: Tensor, result: memoryview) -> None:
+    """Copies the bytes of a result into the tensor, whatever its strides."""
+    if len(result) == 0:
+        return
+    # copy: the step is atomic, so the result came to a buffer of its own
+    if isinstance(tensor, torch.Tensor):
+        with torch.no_grad():
+            tensor.copy_(torch.frombuffer(result, dtype=tensor.dtype).view(tensor.shape))
+    else:
+        np.copyto(tensor, np.frombuffer(result, dtype=tensor.dtype).reshape(tensor.shape))
+
+
+def new_tensor(spec: TensorSpec, data: np.ndarray[Any, np.dtype[Any]]) -> torch.Tensor:
+    """A torch tensor over the received bytes, without a copy."""
+    dtype = getattr(torch, spec.dtype.label)
+    if spec.nbytes == 0:
+        return torch.empty(spec.shape, dtype=dtype)
+    return torch.from_numpy(data).view(dtype).view(spec.shape)
