@@ -17,14 +17,12 @@ EXAMPLES = ["scikit-learn>=1.4"]
 setup(
     name="map-reduce-subnet",
     version=VERSION.group(1),
-    description="All-reduce and broadcast of training tensors through incentivised, verified miners.",
+    description="All-reduce and broadcast of training tensors through incentivised miners.",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=find_packages(
-        include=["mapreduce", "mapreduce.*", "neurons", "peer", "examples"]
-    ),
+    packages=find_packages(include=["mapreduce", "mapreduce.*", "neurons", "peer"]),
     package_data={"mapreduce": ["py.typed"], "peer": ["py.typed"]},
     install_requires=[
         "aiohttp>=3.14,<4",

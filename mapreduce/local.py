@@ -1,0 +1,373 @@
+"""A whole subnet on this machine, for tests and demonstrations:
+
+`with LocalSubnet(miners=4) as subnet:`.
+
+Embedded chain, validator and miners as real OS processes with throw-away wallets and free ports.
+Knows how they are started, found ready and stopped; what they do is their own business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import urllib.error
+import urllib.request
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from mapreduce.errors import InvalidArgument, JobClosed, LocalError
+from mapreduce.processes import ChildProcess, spawn, stop_all
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import bittensor as bt
+
+    from peer import Peer
+
+Result = TypeVar("Result")
+
+NETUID = 10
+READY_TIMEOUT_S = 60.0
+STOP_GRACE_S = 5.0
+RANK_GRACE_S = 10.0  # for the other ranks to fail by themselves, once one has
+VALIDATOR_STAKE_TAO = 1000.0
+DEFAULT_BANDWIDTH = 1 << 30
+_WALLET = "local"
+
+
+class RankFailed(LocalError):
+    """A rank's process ended without a result; carries the rank and what it said last."""
+
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(f"rank {rank} failed: {reason}")
+        self.rank = rank
+
+
+class LocalSubnet:
+    """An embedded chain with one validator and `miners` miners, each a process of its own.
+
+    Args:
+        miners: how many.
+        directory: where chain, wallets and logs go; a temporary one, removed at the end, by
+        default. block_time_s: of the embedded chain. validator_flags: further flags for
+        `neurons/validator.py`. miner_flags: further flags for each `neurons/miner.py`.
+
+    Raises:
+        ProcessDied: a process ended before it was ready; shows its last lines.
+    """
+
+    def __init__(
+        self,
+        miners: int = 4,
+        *,
+        directory: str | os.PathLike[str] | None = None,
+        block_time_s: float = 0.25,
+        validator_flags: Sequence[str] = (),
+        miner_flags: Sequence[str] = (),
+    ) -> None:
+        if miners < 0:
+            raise InvalidArgument(f"miners = {miners}: 0 or more")
+        self.miner_count = miners
+        self.netuid = NETUID
+        self.validator: ChildProcess | None = None
+        self.miners: list[ChildProcess] = []
+        self.validator_uid = -1
+        self._keep = directory is not None
+        self._given = directory
+        self._directory: Path | None = None
+        self._block_time_s = block_time_s
+        self._validator_flags = tuple(validator_flags)
+        self._miner_flags = tuple(miner_flags)
+
+    # Life ---------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Starts everything and returns when validator and miners are ready."""
+        self._directory = Path(self._given or tempfile.mkdtemp(prefix="mapreduce-")).absolute()
+        try:
+            names = ["validator", *(f"miner-{i + 1}" for i in range(self.miner_count))]
+            uids = asyncio.run(self._prepare_chain(names))
+            self.validator_uid = uids[0]
+            self.validator = self._spawn("validator", names[0], self._validator_flags)
+            for name in names[1:]:
+                self.miners.append(self._spawn("miner", name, self._miner_flags))
+            self._wait_ready([self.validator, *self.miners], uids)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Stops every process and removes what is temporary. Idempotent."""
+        children = [child for child in (*self.miners, self.validator) if child is not None]
+        self.miners, self.validator = [], None
+        stop_all(children, STOP_GRACE_S)
+        if self._directory is not None and not self._keep:
+            shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory = None
+
+    @property
+    def directory(self) -> Path:
+        """Where chain, wallets and logs are."""
+        if self._directory is None:
+            raise JobClosed("the subnet is not running")
+        return self._directory
+
+    @property
+    def network(self) -> str:
+        """What to give as `--subtensor.network` or `Peer(network=...)`."""
+        return f"embedded:{self.directory / 'chain.sqlite'}"
+
+    def wallet(self, hotkey: str = "peer") -> bt.Wallet:
+        """A throw-away wallet of this subnet; `peer` belongs to nobody who is registered."""
+        from mapreduce.chain.wallets import load_wallet
+
+        return load_wallet(_WALLET, hotkey, str(self.directory / "wallets"))
+
+    def check(self) -> None:
+        """Raises ProcessDied, with its last lines, if a neuron has ended."""
+        for child in (self.validator, *self.miners):
+            if child is not None:
+                child.check_alive()
+
+    async def _prepare_chain(self, names: list[str]) -> list[int]:
+        """Makes the chain and a registered hotkey per name; stakes on the first.
+
+        Returns the uids.
+        """
+        from mapreduce.chain import open_chain
+        from mapreduce.chain.actions import add_stake, register_hotkey
+        from mapreduce.chain.embedded import create_chain
+        from mapreduce.chain.wallets import create_wallet
+
+        wallets = str(self.directory / "wallets")
+        create_chain(self.directory / "chain.sqlite", block_time_s=self._block_time_s)
+        create_wallet(wallets, _WALLET, "peer")
+        uids = []
+        async with open_chain(self.network) as client:
+            for name in names:
+                wallet = create_wallet(wallets, _WALLET, name)
+                uids.append(await register_hotkey(client, wallet, NETUID))
+                if name == "validator":
+                    await add_stake(client, wallet, NETUID, VALIDATOR_STAKE_TAO)
+        return uids
+
+    def _spawn(self, role: str, name: str, flags: Sequence[str]) -> ChildProcess:
+        argv = [
+            sys.executable,
+            *("-m", f"neurons.{role}"),
+            *("--subtensor.network", self.network),
+            *("--netuid", str(NETUID)),
+            *("--wallet.name", _WALLET),
+            *("--wallet.hotkey", name),
+            *("--wallet.path", str(self.directory / "wallets")),
+            *("--axon.ip", "127.0.0.1"),
+            *("--axon.port", "0"),
+            *flags,
+        ]
+        # The caller's BT_* variables and configuration file are none of this subnet's.
+        env = {key: value for key, value in os.environ.items() if not key.startswith("BT_")}
+        log_path = self.directory / f"{name}.log"
+        return spawn(name, argv, env=env, log_path=log_path)
+
+    def _wait_ready(self, children: Sequence[ChildProcess], uids: Sequence[int]) -> None:
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        for child, uid in zip(children, uids, strict=True):
+            child.wait_ready(partial(self._answers, uid), max(0.1, deadline - time.monotonic()))
+
+    def _answers(self, uid: int) -> bool:
+        ip, port = self.axon(uid)
+        if ip is None:
+            return False
+        try:
+            with urllib.request.urlopen(f"http://{ip}:{port}/readyz", timeout=2.0) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def axon(self, uid: int) -> tuple[str | None, int | None]:
+        """Where a neuron of this subnet listens, as its chain says; (None, None) if it serves
+        nothing."""
+        from mapreduce.chain import open_chain
+        from mapreduce.chain.metagraph import fetch_metagraph
+
+        async def read() -> tuple[str | None, int | None]:
+            async with open_chain(self.network) as client:
+                neuron = (await fetch_metagraph(client, NETUID)).by_uid(uid)
+                return (None, None) if neuron is None else (neuron.ip, neuron.port)
+
+        return asyncio.run(read())
+
+    # Peers --------------------------------------------------------------------------------------
+
+    def peer(
+        self, rank: int, peer_count: int, bandwidth: int = DEFAULT_BANDWIDTH, **options: Any
+    ) -> Peer:
+        """A `Peer` of this subnet, not yet initialised; `options` are its keyword arguments."""
+        from peer import Peer
+
+        return Peer(
+            rank,
+            peer_count,
+            bandwidth,
+            self.wallet(),
+            self.validator_uid,
+            self.netuid,
+            self.network,
+            **options,
+        )
+
+    def run(
+        self,
+        fn: Callable[[Peer], Result],
+        peer_count: int,
+        bandwidth: int = DEFAULT_BANDWIDTH,
+        *,
+        timeout_s: float = 600.0,
+        **options: Any,
+    ) -> list[Result]:
+        """Runs `fn(peer)` in one process per rank, each with an open Peer; returns results in rank
+        order.
+
+        `fn` must be a function of a module, and its result picklable.
+
+        Raises:
+            Exception: what `fn` raised, of the first rank that failed.
+            RankFailed: a process died, or did not end within `timeout_s`.
+        """
+        context = multiprocessing.get_context("spawn")
+        ranks: list[_Rank] = []
+        try:
+            for rank in range(1, peer_count + 1):
+                ours, theirs = context.Pipe(duplex=False)
+                arguments = (fn, rank, peer_count, bandwidth, options, self._connection(), theirs)
+                process = context.Process(target=_run_rank, args=arguments, name=f"rank {rank}")
+                process.start()
+                theirs.close()
+                ranks.append(_Rank(rank, process, ours))
+            return _collect(ranks, timeout_s)
+        finally:
+            for entry in ranks:
+                entry.close()
+
+    def _connection(self) -> dict[str, Any]:
+        """What a rank's process needs to reach this subnet."""
+        return {
+            "network": self.network,
+            "netuid": self.netuid,
+            "validator_uid": self.validator_uid,
+            "wallets": str(self.directory / "wallets"),
+        }
+
+
+class _Rank:
+    """One rank's process, seen from the parent."""
+
+    def __init__(
+        self, rank: int, process: Any, results: multiprocessing.connection.Connection
+    ) -> None:
+        self.rank = rank
+        self.process = process
+        self.results = results
+
+    def take(self) -> tuple[bool, Any]:
+        """Whether it succeeded, and its result or exception."""
+        try:
+            succeeded, value = self.results.recv()
+        except EOFError:
+            self.process.join(STOP_GRACE_S)
+            code = self.process.exitcode
+            return False, RankFailed(self.rank, f"its process ended with exit code {code}")
+        return succeeded, value
+
+    def close(self) -> None:
+        if self.process.is_alive():
+            self.process.terminate()
+            self.process.join(STOP_GRACE_S)
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+        self.results.close()
+
+
+def _collect(ranks: list[_Rank], timeout_s: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    failure: BaseException | None = None
+    waiting = {entry.results: entry for entry in ranks}
+    deadline = time.monotonic() + timeout_s
+    while waiting:
+        ready = multiprocessing.connection.wait(
+            list(waiting), max(0.0, deadline - time.monotonic())
+        )
+        if not ready:
+            if failure is not None:
+                break
+            slow = sorted(entry.rank for entry in waiting.values())
+            raise RankFailed(slow[0], f"ranks {slow} did not end within {timeout_s:g} s")
+        for connection in ready:
+            assert isinstance(connection, multiprocessing.connection.Connection)
+            entry = waiting.pop(connection)
+            succeeded, value = entry.take()
+            if succeeded:
+                results[entry.rank] = value
+            elif failure is None:
+                failure = value
+                deadline = min(deadline, time.monotonic() + RANK_GRACE_S)
+    if failure is not None:
+        raise failure
+    return [results[entry.rank] for entry in ranks]
+
+
+def _run_rank(
+    fn: Callable[[Peer], Any],
+    rank: int,
+    peer_count: int,
+    bandwidth: int,
+    options: dict[str, Any],
+    subnet: dict[str, Any],
+    results: multiprocessing.connection.Connection,
+) -> None:
+    """The main function of a rank's process."""
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    from mapreduce.chain.wallets import load_wallet
+    from peer import Peer
+
+    try:
+        wallet = load_wallet(_WALLET, "peer", subnet["wallets"])
+        place = (wallet, subnet["validator_uid"], subnet["netuid"], subnet["network"])
+        with Peer(rank, peer_count, bandwidth, *place, **options) as peer:
+            outcome = (True, fn(peer))
+    except BaseException as error:
+        trace = "".join(traceback.format_exception(error))
+        error.add_note(f"in rank {rank}:\n{trace}")
+        outcome = (False, error)
+    try:
+        results.send(outcome)
+    except Exception as error:  # whatever its pickling raises
+        results.send((False, RankFailed(rank, f"its result cannot be sent: {error!r}")))
+    with contextlib.suppress(OSError):
+        results.close()
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
