@@ -46,8 +46,13 @@ def _describe_torch(tensor: torch.Tensor, written: bool) -> TensorSpec:
             "the tensor requires grad, and collectives are not differentiated: pass tensor.grad, "
             "tensor.detach() or call under torch.no_grad()"
         )
-    if written and any(
-        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    if (
+        written
+        and tensor.numel()
+        and any(
+            stride == 0 and size > 1
+            for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+        )
     ):
         raise UnsupportedTensor(
             "the tensor is expanded (several elements share memory): pass tensor.contiguous()"
