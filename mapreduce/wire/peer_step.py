@@ -58,9 +58,11 @@ class Step:
 
     @property
     def entered(self) -> bool:
-        """Whether every rank is known to have entered: a result came, or a miner said so."""
-        return any(self.received) or any(
-            progress.phase != Progress.ENTERING for progress in self.progress.values()
+        """Whether every rank is known to have entered: a block was reduced, or a miner said so."""
+        return (
+            any(upload.released for upload in self.uploads)
+            or any(self.received)
+            or any(progress.phase != Progress.ENTERING for progress in self.progress.values())
         )
 
     @property

@@ -1,0 +1,94 @@
+"""The bytes of the protocol, pinned: a change here is a new protocol version.
+
+`python test/unit/test_golden_wire.py` writes test/golden/wire.json anew.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mapreduce.core.dtypes import DType
+from mapreduce.core.reduce import ReduceOp
+from mapreduce.wire.bodies import (
+    EMPTY_BODY,
+    Abort,
+    Open,
+    Progress,
+    TensorSpec,
+    decode_text,
+    encode_text,
+)
+from mapreduce.wire.frames import HEADER_BYTES, REPLY, Header, Kind, encode_frame
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "wire.json"
+
+OPENED = Open(
+    op=ReduceOp.AVG,
+    tensor=TensorSpec(dtype=DType.BFLOAT16, shape=(3, 1 << 20)),
+    map_digest=bytes(range(16)),
+)
+ABORTED = Abort(
+    code="mismatch",
+    message="ranks disagree",
+    rank=2,
+    miner=None,
+    differences={"shape": {0: "(3,)", 1: "(4,)"}},
+)
+BODIES = {
+    Kind.HELLO: bytes(range(32)),
+    Kind.OPEN: OPENED.encode(),
+    Kind.CREDIT: b"",
+    Kind.CLOSE: EMPTY_BODY,
+    Kind.CERTIFICATE: EMPTY_BODY,
+    Kind.ACK: EMPTY_BODY,
+    Kind.COMMIT: EMPTY_BODY,
+    Kind.ABORT: ABORTED.encode(),
+    Kind.PING: Progress(phase=Progress.REDUCING, waiting_for=(0, 258)).encode(),
+    Kind.GOODBYE: encode_text("the peer is done"),
+}
+
+
+def header(kind: Kind) -> Header:
+    """A header in which every field has a value of its own."""
+    return Header(
+        kind=kind,
+        flags=REPLY if kind is Kind.PING else 0,
+        epoch=0x01020304,
+        step=0x05060708,
+        segment=0x090A,
+        rank=0x0B0C,
+        offset=0x0D0E0F1011121314,
+        length=len(BODIES[kind]) if kind in BODIES else 0x00151617,
+    )
+
+
+def frame(kind: Kind) -> bytes:
+    return encode_frame(header(kind), BODIES[kind]) if kind in BODIES else header(kind).encode()
+
+
+@pytest.mark.parametrize("kind", Kind, ids=lambda kind: kind.name)
+def test_frames_are_the_pinned_bytes(kind: Kind) -> None:
+    pinned = bytes.fromhex(json.loads(GOLDEN.read_text())[kind.name])
+    assert frame(kind) == pinned
+    assert Header.decode(pinned[:HEADER_BYTES]) == header(kind)
+
+
+def test_bodies_survive_the_wire() -> None:
+    pinned = {k: bytes.fromhex(v) for k, v in json.loads(GOLDEN.read_text()).items()}
+    assert Open.decode(memoryview(pinned["OPEN"])[HEADER_BYTES:]) == OPENED
+    assert Abort.decode(memoryview(pinned["ABORT"])[HEADER_BYTES:]) == ABORTED
+    progress = Progress.decode(memoryview(pinned["PING"])[HEADER_BYTES:])
+    assert progress == Progress(phase=Progress.REDUCING, waiting_for=(0, 258))
+    text = decode_text("GOODBYE", memoryview(pinned["GOODBYE"])[HEADER_BYTES:])
+    assert text == "the peer is done"
+
+
+def test_a_reason_is_harmless_in_a_log() -> None:
+    assert decode_text("GOODBYE", memoryview(encode_text("a\nb\x1b[31m\u202e"))) == "a b [31m "
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps({kind.name: frame(kind).hex() for kind in Kind}, indent=1) + "\n")
