@@ -150,7 +150,10 @@ class VersionMismatch(Refused):
 
 
 class StepFailed(MapReduceError):
-    """A collective failed on every rank; the tensors are untouched and the next step may follow."""
+    """A collective failed on every rank; the tensors are untouched.
+
+    The job goes on with the next step, except after PeerLost.
+    """
 
 
 class CollectiveMismatch(StepFailed):

@@ -79,7 +79,7 @@ def validator_config(
 ) -> ValidatorConfig:
     """The configuration of `neurons/validator.py`; raises as `miner_config` does."""
     return _validator(
-        _gather("validator", argv, environ, "validator.py", "Coordinate jobs and score miners.")
+        _gather("validator", argv, environ, "validator.py", "Bring peers and miners together.")
     )
 
 
@@ -186,6 +186,12 @@ def _validator(settings: Settings) -> ValidatorConfig:
     if frame.source is Source.DEFAULT:  # a smaller window alone is a complete wish
         frame_bytes = min(frame_bytes, window.value)
     check_frame(frame_bytes, window.value, f" ({frame.origin})", f" ({window.origin})")
+    # Keys that a later release acts on must not look as if this one did.
+    unused = [
+        f"{key} = {settings[key].value!r} has no effect in this version"
+        for key in ("auto_update", "benchmark_hotkeys", "max_bandwidth")
+        if settings[key].source is not Source.DEFAULT and settings[key].value not in ("no", ())
+    ]
     return ValidatorConfig(
         max_bandwidth_bits_per_s=settings["max_bandwidth"].value,
         benchmark_hotkeys=settings["benchmark_hotkeys"].value,
@@ -197,7 +203,7 @@ def _validator(settings: Settings) -> ValidatorConfig:
         wallet=_wallet(settings),
         axon=_axon(settings),
         logging=_logging(settings),
-        warnings=_warnings(settings),
+        warnings=(*_warnings(settings), *unused),
     )
 
 

@@ -1,8 +1,8 @@
 """The table of every option: its names, its values, its default, its help.
 
 Flags, environment variables, keys of the configuration file, `--help` and the checks of the
-dataclasses in `config.py` all come from `OPTIONS`. Knows nothing of where a value came from
-(`config/sources.py`) or of what is built from it (`config.py`).
+dataclasses in `roles.py` all come from `OPTIONS`. Knows nothing of where a value came from
+(`sources.py`) or of what is built from it (`__init__.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from mapreduce.config.kinds import (
     WalletName,
     Whole,
 )
+from mapreduce.core.partition import BLOCK_BYTES
 from mapreduce.errors import ConfigError
+from mapreduce.wire.terms import MAX_FRAME_BYTES, MAX_WINDOW_BYTES
 
 if TYPE_CHECKING:
     from mapreduce.config.kinds import Kind
@@ -35,7 +37,6 @@ PEER: frozenset[Role] = frozenset({"peer"})
 SERVERS = MINER | VALIDATOR
 EVERYBODY = SERVERS | PEER
 
-BLOCK_BYTES = 16 * 1024  # the unit that is reduced and hashed: windows and frames hold whole ones
 MAX_U16 = 65535  # uids and netuids are u16 on the chain
 
 
@@ -146,7 +147,7 @@ _TABLE = (
         kind=IpAddress(public=True),
         group=_AXON,
         alias="--external-ip",
-        default_text="found out at start",
+        default_text="the address listened on, or the one on the chain",
         roles=SERVERS,
         help="address published on the chain, for hosts behind NAT or a proxy",
     ),
@@ -182,7 +183,7 @@ _TABLE = (
         group=_VALIDATOR,
         default=10737418240,
         roles=VALIDATOR,
-        help="what all benchmark bots together can carry, in bits per second",
+        help="bits per second of all benchmark bots together (not acted on yet)",
     ),
     Option(
         key="benchmark_hotkeys",
@@ -200,7 +201,7 @@ _TABLE = (
         # A process changes its own code only where somebody wrote so (the example file does).
         default="no",
         roles=VALIDATOR,
-        help="largest release to install by itself: major, minor, patch, or no for none",
+        help="largest release to install by itself (not acted on yet): major, minor, patch or no",
     ),
     Option(
         key="validator.join_timeout",
@@ -213,7 +214,7 @@ _TABLE = (
     ),
     Option(
         key="validator.window_bytes",
-        kind=Whole(BLOCK_BYTES, 2**30, unit="bytes", multiple=BLOCK_BYTES, sizes=True),
+        kind=Whole(BLOCK_BYTES, MAX_WINDOW_BYTES, unit="bytes", multiple=BLOCK_BYTES, sizes=True),
         group=_VALIDATOR,
         alias="--window_bytes",
         default=4 * 2**20,
@@ -222,7 +223,7 @@ _TABLE = (
     ),
     Option(
         key="validator.frame_bytes",
-        kind=Whole(BLOCK_BYTES, 2**30, unit="bytes", multiple=BLOCK_BYTES, sizes=True),
+        kind=Whole(BLOCK_BYTES, MAX_FRAME_BYTES, unit="bytes", multiple=BLOCK_BYTES, sizes=True),
         group=_VALIDATOR,
         alias="--frame_bytes",
         default=2**20,

@@ -1,7 +1,7 @@
 """What each process is told: one frozen dataclass per role, checked when it is made.
 
 Units are in the names of the fields. Knows the limits of every value through the table in
-`config/options.py`; knows nothing of where values come from (`config.py`).
+`config/options.py`; knows nothing of where values come from (`config/__init__.py`).
 """
 
 from __future__ import annotations

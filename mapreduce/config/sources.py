@@ -1,7 +1,7 @@
 """Where settings come from: flags, environment variables, the file, defaults - in that order.
 
-Knows JSON and the order; what settings mean together is for `config.py`. Nothing is read before
-`gather` is called.
+Knows JSON and the order; what settings mean together is for `config/__init__.py`. Nothing is read
+before `gather` is called.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Source(IntEnum):
 class Setting:
     """One value in its normal form, and where it was found in the words of a message."""
 
-    value: Any  # each option has its own type; the dataclasses in config.py restore it
+    value: Any  # each option has its own type; the dataclasses in roles.py restore it
     source: Source
     origin: str
 

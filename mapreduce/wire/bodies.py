@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from mapreduce.core.dtypes import DType
 from mapreduce.core.reduce import ReduceOp
 from mapreduce.errors import BadFrame, UnsupportedTensor
+from mapreduce.wire.frames import MAX_BODY_BYTES
+from mapreduce.wire.terms import MAX_PEERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -24,6 +26,10 @@ NONCE_BYTES = 32
 MAP_DIGEST_BYTES = 16
 MAX_DIMENSIONS = 64  # torch's own limit
 MAX_TEXT_BYTES = 8 * 1024
+MAX_MESSAGE_CHARS = 2048
+MAX_DIFFERENCES = 8  # arguments of a collective that ranks can disagree on
+MAX_VALUE_CHARS = 512
+MAX_NAME_CHARS = 64
 
 _OPEN = struct.Struct("<BBBBHH16s")
 _HAS_TENSOR = 1
@@ -129,9 +135,7 @@ class Abort:
     an argument of the collective to what each rank (index) said.
     """
 
-    CODES = frozenset(
-        {"mismatch", "peer_lost", "peer_abort", "peer_timeout", "miner_lost", "refused"}
-    )
+    CODES = frozenset({"mismatch", "peer_lost", "peer_abort", "peer_timeout", "miner_lost"})
 
     code: str
     message: str
@@ -140,14 +144,24 @@ class Abort:
     differences: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
 
     def encode(self) -> bytes:
-        document = {
-            "code": self.code,
-            "message": self.message[: MAX_TEXT_BYTES // 4],
-            "rank": self.rank,
-            "miner": self.miner,
-            "differences": self.differences,
-        }
-        return EMPTY_BODY + json.dumps(document).encode()
+        """As JSON of at most MAX_BODY_BYTES; of long differences the first ranks stay."""
+        ranks = MAX_PEERS
+        while True:
+            differences = {
+                name: {rank: text[:MAX_VALUE_CHARS] for rank, text in sorted(said.items())[:ranks]}
+                for name, said in sorted(self.differences.items())[:MAX_DIFFERENCES]
+            }
+            document = {
+                "code": self.code,
+                "message": self.message[:MAX_MESSAGE_CHARS],
+                "rank": self.rank,
+                "miner": self.miner,
+                "differences": differences,
+            }
+            body = EMPTY_BODY + json.dumps(document).encode()
+            if len(body) <= MAX_BODY_BYTES or not ranks:
+                return body
+            ranks //= 2
 
     @classmethod
     def decode(cls, body: memoryview) -> Abort:
@@ -157,7 +171,9 @@ class Abort:
             code, message = document["code"], document["message"]
             rank, miner = document["rank"], document["miner"]
             differences = {
-                str(field_name): {int(rank): str(value) for rank, value in by_rank.items()}
+                str(field_name)[:MAX_NAME_CHARS]: {
+                    int(rank): str(value) for rank, value in by_rank.items()
+                }
                 for field_name, by_rank in document["differences"].items()
             }
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

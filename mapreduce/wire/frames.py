@@ -52,7 +52,7 @@ class Kind(enum.IntEnum):
     ACK = 8  # peer: holds the whole result of every segment
     COMMIT = 9  # miner: every rank has acknowledged
     ABORT = 10  # both: the step has failed on every rank
-    PING = 11  # both: keeps the path open; the miner's reply says whom the step waits for
+    PING = 11  # peer: keeps the path open; the miner's reply says whom the step waits for
     GOODBYE = 12  # both, last: why the stream ends
 
 

@@ -218,16 +218,21 @@ class MinerSession:
         opened it."""
         if header.step > self._streams[rank].entered:
             raise BadFrame(f"{header.kind.name} for step {header.step}, which was not opened")
-        if header.segment != self.segment or header.epoch != 0:
-            raise BadFrame(
-                f"{header.kind.name} for segment {header.segment}, this is {self.segment}"
-            )
+        self._check_place(rank, header)
         step = self._step
         if step is None or step.number != header.step or step.opens[rank] is None:
             return None
         return step
 
+    def _check_place(self, rank: int, header: Header) -> None:
+        kind = header.kind.name
+        if header.segment != self.segment or header.epoch != 0:
+            raise BadFrame(f"{kind} for segment {header.segment}, this is {self.segment}")
+        if header.rank != rank:
+            raise BadFrame(f"{kind} of rank {header.rank + 1} on the stream of rank {rank + 1}")
+
     def _opened(self, rank: int, header: Header, opened: Open) -> None:
+        self._check_place(rank, header)
         stream, number = self._streams[rank], header.step
         if number <= stream.entered:
             raise BadFrame(f"OPEN of step {number} after step {stream.entered}")

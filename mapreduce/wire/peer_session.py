@@ -266,11 +266,12 @@ class PeerSession:
         """See `FrameReader`: the result buffer, or scratch for results of a step that is over."""
         if header.kind is not Kind.RESULT:
             raise self._bad(miner, f"a miner may not send {header.kind.name}")
+        if header.length > self.terms.frame_bytes:
+            limit = self.terms.frame_bytes
+            raise self._bad(miner, f"RESULT of {header.length} bytes: {limit} are granted")
         step = self._live_step(miner, header)
         missing = header.length - received
         if step is None:
-            if received == 0 and header.length > self.terms.frame_bytes:
-                raise self._bad(miner, f"RESULT of {header.length} bytes")
             return self._scratch[:missing]
         if step.result is None or not step.segments:
             raise self._bad(miner, "RESULT before the step it belongs to is known")
@@ -367,8 +368,7 @@ class PeerSession:
 
     def _pinged(self, miner: int, header: Header, body: memoryview) -> None:
         if not header.flags & REPLY:
-            self._control[miner].append(Header(kind=Kind.PING, flags=REPLY, segment=miner).encode())
-            return
+            raise BadFrame("a miner only answers PING")
         step = self.step
         if step is not None and header.step == step.number:
             progress = Progress.decode(body)

@@ -21,7 +21,7 @@ from mapreduce.wire.bodies import (
     decode_text,
     encode_text,
 )
-from mapreduce.wire.frames import HEADER_BYTES, REPLY, Header, Kind, encode_frame
+from mapreduce.wire.frames import HEADER_BYTES, MAX_BODY_BYTES, REPLY, Header, Kind, encode_frame
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "wire.json"
 
@@ -88,6 +88,16 @@ def test_bodies_survive_the_wire() -> None:
 
 def test_a_reason_is_harmless_in_a_log() -> None:
     assert decode_text("GOODBYE", memoryview(encode_text("a\nb\x1b[31m\u202e"))) == "a b [31m "
+
+
+def test_an_abort_fits_its_frame_whatever_the_ranks_said() -> None:
+    said = dict.fromkeys(range(256), "(" + "é" * 5000 + ")")
+    abort = Abort(code="mismatch", message="x" * 10_000, differences={"shape": said, "op": said})
+    body = abort.encode()
+    assert len(body) <= MAX_BODY_BYTES
+    again = Abort.decode(memoryview(body))
+    assert 0 in again.differences["shape"]
+    assert again.encode() == body  # a miner passes it on
 
 
 if __name__ == "__main__":

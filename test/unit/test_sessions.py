@@ -348,6 +348,7 @@ def opened(count: int = 8) -> bytes:
         (opened() + peer_frame(Kind.CLOSE, step=1, body=EMPTY_BODY), "CLOSE after 0 of 32"),
         (opened() + peer_frame(Kind.ACK, step=1, body=EMPTY_BODY), "no certificate"),
         (opened() + peer_frame(Kind.CLOSE, step=1, segment=3, body=EMPTY_BODY), "for segment 3"),
+        (opened() + peer_frame(Kind.CLOSE, step=1, rank=1, body=EMPTY_BODY), "of rank 2 on the"),
         (peer_frame(Kind.OPEN, step=1, body=b"\x01"), "too short"),
         (peer_frame(Kind.OPEN, step=1, body=b"\x09" + bytes(30)), "version 9"),
         (peer_frame(Kind.COMMIT, body=EMPTY_BODY), "may not send COMMIT"),
@@ -404,7 +405,9 @@ def test_a_peer_that_ignores_its_window_is_stopped() -> None:
 @pytest.mark.parametrize(
     ("frame", "message"),
     [
-        (peer_frame(Kind.RESULT, step=1, length=64 * KIB), "were sent"),
+        (peer_frame(Kind.RESULT, step=1, length=64 * KIB), "32768 are granted"),
+        (peer_frame(Kind.RESULT, step=1, length=32 * KIB), "0 were sent"),
+        (peer_frame(Kind.PING, step=1), "only answers PING"),
         (peer_frame(Kind.RESULT, step=1, offset=16, length=16), "0 of"),
         (peer_frame(Kind.RESULT, step=2, length=16), "for step 2"),
         (peer_frame(Kind.COMMIT, step=1, body=EMPTY_BODY), "without this rank's acknowledgement"),
