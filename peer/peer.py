@@ -5,6 +5,7 @@ Knows tensors, threads and the user's rank, which counts from 1; everything belo
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -213,7 +214,7 @@ class Peer:
         if self._pid != os.getpid():
             raise JobClosed(
                 f"this Peer was initialised in process {self._pid} and does not survive a fork: "
-                "call init_process_group() in the child, or start workers with the spawn method"
+                "make a new Peer in the child, or start workers with the spawn method"
             )
         return self._job, self._loop
 
@@ -249,9 +250,10 @@ class Peer:
             Unavailable: a miner was lost (MinerLost), or a rank did not come (PeerTimeout).
             JobClosed: there is no process group.
         """
+        if op not in ("avg", "sum"):
+            hint = "; call broadcast() instead" if op == "broadcast" else ""
+            raise InvalidArgument(f'op = {op!r}: "avg" and "sum" are known{hint}')
         reduce = reduce_op(op)
-        if reduce is ReduceOp.BROADCAST:
-            raise InvalidArgument('op = "broadcast": call broadcast() instead')
         self._require_job()
         spec = describe(tensor, written=True)
         check_reducible(reduce, spec.dtype)
@@ -339,6 +341,8 @@ class Peer:
                 ),
                 on_interrupt=lambda: job.abort("interrupted (Ctrl+C)"),
             )
+        except concurrent.futures.CancelledError:
+            raise JobClosed("the process group was destroyed during this collective") from None
         finally:
             self._busy.release()
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MAX_AGE_S = http_auth.DEFAULT_MAX_AGE
 ALLOWED_SKEW_S = http_auth.DEFAULT_ALLOWED_SKEW
+_LONGEST_MS = 10**15
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +91,13 @@ class Verifier:
 
 
 def _clock_message(headers: Mapping[str, str]) -> str:
-    age_s = (time.time_ns() - int(headers[http_auth.HEADER_NONCE])) / 1e9
-    side = "behind" if age_s > 0 else "ahead of"
+    age_ms = (time.time_ns() - int(headers[http_auth.HEADER_NONCE])) // 10**6
+    age_ms = max(-_LONGEST_MS, min(age_ms, _LONGEST_MS))  # a stranger's number has any size
+    side = "behind" if age_ms > 0 else "ahead of"
     return (
-        f"the request was signed {abs(age_s):.1f} s {side} this clock: at most {MAX_AGE_S:g} s "
-        f"behind and {ALLOWED_SKEW_S:g} s ahead are accepted; set the clock (NTP) or retry"
+        f"the request was signed {abs(age_ms) / 1e3:.1f} s {side} this clock: at most "
+        f"{MAX_AGE_S:g} s behind and {ALLOWED_SKEW_S:g} s ahead are accepted; set the clock (NTP) "
+        "or retry"
     )
 
 

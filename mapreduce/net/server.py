@@ -99,6 +99,14 @@ def make_app(verifier: Verifier, readiness: Callable[[], str | None]) -> web.App
         except (Unavailable, LocalError) as error:
             _log.warning("request failed", extra={"path": request.path, "error": str(error)})
             return error_response(503, "unavailable", str(error))
+        except ConnectionError:
+            raise  # a stream that is over: aiohttp has nothing left to answer on
+        except web.HTTPException as error:
+            what = f"{request.method} {request.path}: {error.reason}"
+            return error_response(error.status, "http_error", what)
+        except Exception:
+            _log.exception("request failed", extra={"path": request.path})
+            return error_response(500, "internal", "an error on this side; its log has more")
 
     async def healthz(_: web.Request) -> web.Response:
         return web.json_response({"status": "ok", "version": __version__})

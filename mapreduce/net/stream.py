@@ -71,6 +71,7 @@ class FrameStream(asyncio.BufferedProtocol):
         self._replaced: asyncio.BaseProtocol | None = None
         self._waste = memoryview(bytearray(4096))
         self._failure: str | None = None
+        self._closing = False
         self._lost = False
         self.closed: asyncio.Future[None] = self._loop.create_future()
 
@@ -96,6 +97,8 @@ class FrameStream(asyncio.BufferedProtocol):
         what was written and `last_frame` still leave, if they can.
         """
         transport = self._transport
+        self._closing = True
+        self.writable = False  # a transport that closes drops what is written to it
         if transport is None or transport.is_closing():
             return
         if last_frame:
@@ -143,7 +146,7 @@ class FrameStream(asyncio.BufferedProtocol):
         self.writable = False
 
     def resume_writing(self) -> None:
-        if self._failure is None and not self._lost:
+        if self._failure is None and not self._closing and not self._lost:
             self.writable = True
             self._owner.stream_writable(self)
 
@@ -220,7 +223,8 @@ async def serve_stream(request: web.Request, stream: FrameStream, hello: Hello) 
         f"Connection: Upgrade\r\nUpgrade: {UPGRADE}\r\n{NONCE_HEADER}: {hello.nonce.hex()}\r\n\r\n"
     )
     stream.write(head.encode())
-    deadline = request.loop.call_later(HELLO_TIMEOUT_S, hello.check_said, stream)
+    loop = asyncio.get_running_loop()
+    deadline = loop.call_later(HELLO_TIMEOUT_S, hello.check_said, stream)
     try:
         await asyncio.shield(stream.closed)
     finally:

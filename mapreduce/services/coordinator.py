@@ -96,6 +96,11 @@ class Coordinator:
         self._tasks: set[asyncio.Task[None]] = set()
         self._outcomes: OrderedDict[str, _Outcome] = OrderedDict()
 
+    @property
+    def waiting_ranks(self) -> int:
+        """How many ranks wait for others to join."""
+        return self._lobby.waiting_ranks
+
     def add_routes(self, app: web.Application) -> None:
         app.router.add_post("/v1/join", self._join)
         app.router.add_post("/v1/report", self._report)
@@ -125,6 +130,8 @@ class Coordinator:
             return json_response(await asyncio.shield(granted))
         except asyncio.CancelledError:
             self._lobby.leave(group, wanted.rank)
+            if not group.members:
+                self._grants.pop(group, None)
             raise
 
     def _give_up(
@@ -161,6 +168,8 @@ class Coordinator:
             self._settle(granted, error)
         finally:
             self._grants.pop(group, None)
+            # Whatever else went wrong, the ranks must not wait for ever.
+            self._settle(granted, Refused("no job: see this log", code="internal", status=500))
 
     async def _find_miners(self, group: Group) -> SignedGrant:
         """A grant that all its miners have accepted:
@@ -227,8 +236,8 @@ class Coordinator:
                 reasons.append(f"uid {miner.uid}: all {status.max_jobs} jobs are taken")
             elif status.memory_free_bytes < needed_bytes:
                 reasons.append(
-                    f"uid {miner.uid}: {status.memory_free_bytes >> 20} MiB free of "
-                    f"{needed_bytes >> 20} needed"
+                    f"uid {miner.uid}: {status.memory_free_bytes / 2**20:.2f} MiB free of "
+                    f"{needed_bytes / 2**20:.2f} needed"
                 )
             else:
                 load = status.jobs / status.max_jobs

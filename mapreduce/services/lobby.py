@@ -88,6 +88,11 @@ class Lobby:
         if self._groups.get(group.key) is group:
             del self._groups[group.key]
 
+    @property
+    def waiting_ranks(self) -> int:
+        """How many ranks wait, in all groups."""
+        return sum(len(group.members) for group in self._groups.values())
+
     @staticmethod
     def _check_same(group: Group, request: JoinRequest) -> None:
         first = group.first

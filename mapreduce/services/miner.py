@@ -126,7 +126,7 @@ class Miner:
             )
         if needed > free:
             raise Refused(
-                f"the job needs {needed >> 20} MiB, {free >> 20} MiB are free "
+                f"the job needs {needed / 2**20:.2f} MiB, {free / 2**20:.2f} MiB are free "
                 "(--miner.memory_limit)",
                 code="no_memory",
             )

@@ -11,6 +11,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
+from mapreduce.errors import Refused
 from mapreduce.net.stream import FrameStream, Hello, serve_stream
 from mapreduce.wire.bodies import encode_text
 from mapreduce.wire.frames import FrameReader, Header, Kind, encode_frame
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 
     from mapreduce.wire.messages import Grant
 
-UNUSED_RESERVATION_S = 30.0  # an offer that no peer has come for by then is forgotten
+UNUSED_RESERVATION_S = 30.0  # a rank that has not come by then does not come any more
 SILENCE_S = 60.0  # four missed PINGs of a peer: its path is dead
+CHECK_S = 1.0  # how often a job looks at the clock
 
 _log = logging.getLogger(__name__)
 
@@ -42,11 +44,12 @@ class MinerJob:
         self.ended = False
         self._on_end = on_end
         self._streams: dict[int, FrameStream] = {}
-        self._attached_ever = False
+        self._awaited = set(range(self.terms.peer_count))
+        self._closing = False
         self._loop = asyncio.get_running_loop()
         self._reserved_at = self._loop.time()
         self._expires_at = grant.expires_at
-        self._watch = self._loop.call_later(1.0, self._check_time)
+        self._watch = self._loop.call_later(CHECK_S, self._check_time)
 
     def renew(self, grant: Grant) -> None:
         """Takes over a later end from a renewed grant of the same job."""
@@ -58,7 +61,20 @@ class MinerJob:
         return keys.index(session_key) if session_key in keys else None
 
     async def serve(self, request: web.Request, rank: int) -> None:
-        """Upgrades the request to the stream of `rank` and serves it to its end."""
+        """Upgrades the request to the stream of `rank` and serves it to its end.
+
+        Raises Refused if the rank has had its stream already, or the job is over.
+        """
+        if self._closing:
+            raise Refused("the job is over", code="no_such_job", status=404)
+        if rank not in self._awaited:
+            raise Refused(
+                f"rank {rank + 1} has had its stream to this miner, or came later than "
+                f"{UNUSED_RESERVATION_S:g} s after the grant",
+                code="stream_taken",
+            )
+        if request.transport is None:
+            raise ConnectionResetError("the peer has hung up")
         hello = Hello()
 
         def frame_received(header: Header, body: memoryview) -> None:
@@ -71,11 +87,12 @@ class MinerJob:
         stream = FrameStream(self, reader, rank)
         self.session.attach(rank)
         self._streams[rank] = stream
-        self._attached_ever = True
+        self._awaited.discard(rank)
         await serve_stream(request, stream, hello)
 
     def close(self, reason: str) -> None:
         """Ends the job: every peer is told why and its stream is closed."""
+        self._closing = True
         goodbye = encode_text(reason)
         frame = encode_frame(Header(kind=Kind.GOODBYE, length=len(goodbye)), goodbye)
         for stream in tuple(self._streams.values()):
@@ -101,7 +118,8 @@ class MinerJob:
             extra={"job": self.grant.job[:8], "rank": rank + 1, "reason": reason},
         )
         self._pump()
-        if not self._streams:
+        # The last rank may still be on its way: it shall learn from its first step who has gone.
+        if not self._streams and (self._closing or not self._awaited):
             self._end()
 
     def _pump(self) -> None:
@@ -127,13 +145,22 @@ class MinerJob:
         now = self._loop.time()
         if time.time() > self._expires_at:
             self.close("the grant has expired")
-        elif not self._attached_ever and now - self._reserved_at > UNUSED_RESERVATION_S:
-            self.close("no peer came")
+        elif self._awaited and now - self._reserved_at > UNUSED_RESERVATION_S:
+            self._stop_waiting()
         for stream in tuple(self._streams.values()):
             if now - stream.last_read > SILENCE_S:
                 stream.fail(f"no sign of life for {SILENCE_S:g} s")
         if not self.ended:
-            self._watch = self._loop.call_later(1.0, self._check_time)
+            self._watch = self._loop.call_later(CHECK_S, self._check_time)
+
+    def _stop_waiting(self) -> None:
+        """Ranks that never came are lost, so that no other rank waits for them in a step."""
+        for rank in tuple(self._awaited):
+            self.session.detach(rank, f"it opened no stream in {UNUSED_RESERVATION_S:g} s")
+        self._awaited.clear()
+        self._pump()
+        if not self._streams:
+            self._end()
 
     def _end(self) -> None:
         if not self.ended:

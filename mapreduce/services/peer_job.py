@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from mapreduce.errors import (
     MapReduceError,
     PeerTimeout,
     Refused,
+    StepInDoubt,
     Unavailable,
     ValidatorUnreachable,
     VersionMismatch,
@@ -59,6 +61,7 @@ LOG_WAIT_S = 10.0  # between two log lines about the same wait
 MIN_STALL_S = 20.0  # inside a step: nothing moves for that long, or for ten times the last step
 CONNECT_TIMEOUT_S = 10.0
 DOUBT_TIMEOUT_S = 5.0  # for other ranks to tell the validator what they saw
+LAST_REPORT_S = 2.0  # for a report that is on its way when the job is closed
 
 _log = logging.getLogger(__name__)
 
@@ -95,7 +98,8 @@ class PeerJob:
         self._upkeep: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._committed_step = 0
-        self._reported_loss = False
+        self._loss_report: asyncio.Task[object] | None = None
+        self._closing = False
 
     # Opening and closing ------------------------------------------------------------------------
 
@@ -126,18 +130,22 @@ class PeerJob:
 
         A step under way fails everywhere.
         """
+        self._closing = True
         if self._upkeep is not None:
             self._upkeep.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._upkeep
-        if self._patience is not None:
-            self._patience.cancel()
+            await asyncio.wait([self._upkeep])
+        self.abort(reason)  # who waits for a step in another thread must not wait for ever
+        if self._loss_report is not None:
+            # Other ranks may be in doubt, and this one knows the outcome.
+            await asyncio.wait([self._loss_report], timeout=LAST_REPORT_S)
+            self._loss_report.cancel()
         body = encode_text(reason)
         goodbye = encode_frame(Header(kind=Kind.GOODBYE, length=len(body)), body)
         streams = tuple(self._streams.values())
-        self._pump()  # an ABORT may still be queued
         for stream in streams:
             stream.close(goodbye)
+        if self._patience is not None:
+            self._patience.cancel()
         if streams:
             await asyncio.wait([stream.closed for stream in streams], timeout=5.0)
         for response in self._responses:
@@ -163,7 +171,7 @@ class PeerJob:
         step. Raises StepFailed or Unavailable; the source is untouched and nobody has the result.
         """
         self.session.check_open()
-        started = self._loop.time()
+        started, started_at = self._loop.time(), time.perf_counter()
         self._changed.clear()
         step = self.session.begin(op, root=root, tensor=tensor, source=source, allocate=allocate)
         self._pump()
@@ -172,12 +180,15 @@ class PeerJob:
         except asyncio.CancelledError:
             self.abort("the caller gave up")
             raise
+        if step.phase is Phase.COMMITTED:
+            self._committed_step = step.number
+        if self.session.lost and not isinstance(step.error, StepInDoubt):
+            # Ranks that are in doubt ask the validator.
+            await self._report(step, "failed" if step.error else "committed")
         if step.error is not None:
-            if self.session.lost:
-                await self._report(step, "failed")
             raise step.error
-        self._committed_step = step.number
-        self._measure(step, self._loop.time() - started)
+        # Not the loop's clock: uvloop's counts whole milliseconds.
+        self._measure(step, time.perf_counter() - started_at)
         return step
 
     def abort(self, reason: str) -> bool:
@@ -199,10 +210,13 @@ class PeerJob:
         last = self.last_step
         stall_s = max(MIN_STALL_S, 10 * last.seconds if last else 0.0)
         moved, moved_at = 0, started
-        pinged_at = logged_at = started
+        # Soon enough to know, at the deadline, whom the step waits for.
+        tick_s = min(0.5, enter_timeout_s / 4, math.inf if timeout_s is None else timeout_s / 4)
+        pinged_at = started + tick_s - PING_STEP_S
+        logged_at = started
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(0.5):
+                async with asyncio.timeout(tick_s):
                     await self._changed.wait()
             self._changed.clear()
             if step.phase is Phase.IN_DOUBT:
@@ -278,6 +292,11 @@ class PeerJob:
         self.session.miner_lost(stream.index, reason)
         self._pump()
         self._wake()
+        step = self.session.step
+        first = self._loss_report is None and not self._closing
+        if first and step is not None and step.phase is Phase.COMMITTED:
+            # This miner may not have told every rank: those in doubt ask the validator.
+            self._loss_report = asyncio.create_task(self._report(step, "committed"))
 
     def _wake(self) -> None:
         step = self.session.step
@@ -361,7 +380,7 @@ class PeerJob:
         """
         deadline = self._loop.time() + DOUBT_TIMEOUT_S
         committed: bool | None = None
-        while committed is None and self._loop.time() < deadline:
+        while committed is None and self._loop.time() < deadline and not self._closing:
             answer = await self._report(step, "in_doubt")
             if answer is not None and answer.committed_step >= step.number:
                 committed = True
@@ -372,11 +391,12 @@ class PeerJob:
         self.session.resolve(committed)
 
     async def _report(self, step: Step, outcome: Any) -> ReportAnswer | None:  # Any: a Literal
+        committed = step.number if step.phase is Phase.COMMITTED else self._committed_step
         report = Report(
             grant=self._signed,
             rank=self.rank,
             step=step.number,
-            committed_step=self._committed_step,
+            committed_step=committed,
             outcome=outcome,
             lost_miners=[self.grant.miners[miner].uid for miner in self.session.lost],
             message=str(step.error or "")[:1024],
