@@ -37,10 +37,7 @@ def make_model() -> nn.Module:
 
 
 def global_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The batches of all steps, in the same order for everyone:
-
-    (BATCH x 64 pixels, BATCH labels).
-    """
+    """The batches of all steps, the same for everyone: (BATCH x 64 pixels, BATCH labels)."""
     digits = load_digits()
     pixels = torch.tensor(digits.data, dtype=torch.float32) / 16
     labels = torch.tensor(digits.target)

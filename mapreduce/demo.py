@@ -1,6 +1,4 @@
-"""`make demo`:
-
-the user guide on a subnet of this machine, checked against references computed locally.
+"""`make demo`: the user guide on a subnet of this machine, checked against local references.
 
 One validator, four miners and three peers, all separate processes. Knows what to show and what must
 be equal.

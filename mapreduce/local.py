@@ -1,9 +1,8 @@
-"""A whole subnet on this machine, for tests and demonstrations:
+"""A whole subnet on this machine: `with LocalSubnet(miners=4) as subnet:`.
 
-`with LocalSubnet(miners=4) as subnet:`.
-
-Embedded chain, validator and miners as real OS processes with throw-away wallets and free ports.
-Knows how they are started, found ready and stopped; what they do is their own business.
+Embedded chain, validator and miners as real OS processes with throw-away wallets and free ports,
+for tests and demonstrations. Knows how they are started, found ready and stopped; what they do is
+their own business.
 """
 
 from __future__ import annotations

@@ -27,12 +27,13 @@ from mapreduce.errors import (
 )
 from mapreduce.net.client import Remote
 from mapreduce.net.loop import LoopThread
-from mapreduce.services.peer_job import PeerJob, open_job
+from mapreduce.services.joining import open_job
 from peer.tensors import Tensor, as_bytes, assign, describe, new_tensor
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from mapreduce.services.peer_job import PeerJob
     from mapreduce.services.step_report import StepReport
     from mapreduce.wire.bodies import TensorSpec
     from mapreduce.wire.messages import MinerAddress

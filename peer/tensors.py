@@ -1,11 +1,11 @@
-"""Tensors as the data plane sees them:
+"""Tensors as the data plane sees them: dtype, shape, bytes.
 
-dtype, shape, bytes. Knows torch and numpy; knows no network.
+Knows torch and numpy; knows no network.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ import torch
 from mapreduce.core.dtypes import dtype_from_label, dtype_from_numpy
 from mapreduce.errors import UnsupportedTensor
 from mapreduce.wire.bodies import MAX_DIMENSIONS, TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Any: the element type is checked at run time.
 Tensor: TypeAlias = torch.Tensor | np.ndarray[Any, np.dtype[Any]]
@@ -46,17 +49,13 @@ def _describe_torch(tensor: torch.Tensor, written: bool) -> TensorSpec:
             "the tensor requires grad, and collectives are not differentiated: pass tensor.grad, "
             "tensor.detach() or call under torch.no_grad()"
         )
-    if (
-        written
-        and tensor.numel()
-        and any(
-            stride == 0 and size > 1
-            for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-        )
-    ):
+    if written and _overlaps(tensor.shape, tensor.stride()):
         raise UnsupportedTensor(
-            "the tensor is expanded (several elements share memory): pass tensor.contiguous()"
+            "elements of the tensor share memory (it is expanded or unfolded): pass "
+            "tensor.contiguous()"
         )
+    if written and tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise UnsupportedTensor("an inference tensor cannot be written: pass tensor.clone()")
     _check_dimensions(tensor.ndim)
     dtype = dtype_from_label(str(tensor.dtype).removeprefix("torch."))
     return TensorSpec(dtype=dtype, shape=tuple(tensor.shape))
@@ -67,6 +66,19 @@ def _describe_numpy(array: np.ndarray[Any, np.dtype[Any]], written: bool) -> Ten
         raise UnsupportedTensor("the array is read-only and the result goes into it: pass a copy")
     _check_dimensions(array.ndim)
     return TensorSpec(dtype=dtype_from_numpy(array.dtype), shape=array.shape)
+
+
+def _overlaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether elements may share memory: a stride too short for what smaller ones span."""
+    reach = 1  # elements that the dimensions of smaller stride span
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size == 0:
+            return False
+        if size > 1:
+            if stride < reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 def _check_dimensions(count: int) -> None:

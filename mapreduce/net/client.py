@@ -1,6 +1,6 @@
-"""The control client:
+"""The control client: signed JSON requests to miners and validators.
 
-signed JSON requests to miners and validators. Knows refusals and timeouts, no route's meaning.
+Knows refusals and timeouts; knows no route's meaning.
 """
 
 from __future__ import annotations

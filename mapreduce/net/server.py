@@ -1,6 +1,6 @@
-"""The HTTP server of a neuron:
+"""The HTTP server of a neuron: authentication, limits and error bodies around its routes.
 
-authentication, limits and error bodies around its routes. Knows no route's meaning.
+Knows no route's meaning.
 """
 
 from __future__ import annotations

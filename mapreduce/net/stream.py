@@ -20,7 +20,7 @@ from aiohttp import web
 
 from mapreduce.errors import BadFrame, Unavailable
 from mapreduce.net.client import Remote, raise_refusal
-from mapreduce.wire.bodies import NONCE_BYTES
+from mapreduce.wire.bodies import NONCE_BYTES, encode_text
 from mapreduce.wire.frames import FrameReader, Header, Kind, encode_frame
 from mapreduce.wire.messages import MAX_MESSAGE_BYTES
 
@@ -91,18 +91,15 @@ class FrameStream(asyncio.BufferedProtocol):
         self._transport.write(data)
         self.writable = self._transport.get_write_buffer_size() == 0
 
-    def close(self, last_frame: bytes = b"") -> None:
-        """Ends the stream in good order:
-
-        what was written and `last_frame` still leave, if they can.
-        """
+    def close(self, reason: str) -> None:
+        """Ends the stream in good order: what was written still leaves, then GOODBYE."""
         transport = self._transport
         self._closing = True
         self.writable = False  # a transport that closes drops what is written to it
         if transport is None or transport.is_closing():
             return
-        if last_frame:
-            transport.write(last_frame)
+        body = encode_text(reason)
+        transport.write(encode_frame(Header(kind=Kind.GOODBYE, length=len(body)), body))
         transport.close()
         self._loop.call_later(CLOSE_TIMEOUT_S, transport.abort)
 
@@ -113,6 +110,11 @@ class FrameStream(asyncio.BufferedProtocol):
         self.writable = False
         if self._transport is not None:
             self._transport.abort()
+
+    def _refuse(self, error: BadFrame) -> None:
+        """The other side has broken the protocol: it is told, and read no further."""
+        self._failure = str(error)
+        self.close(f"protocol violation: {error}")
 
     # asyncio.BufferedProtocol -------------------------------------------------------------------
 
@@ -128,7 +130,7 @@ class FrameStream(asyncio.BufferedProtocol):
             try:
                 return self._reader.get_buffer()
             except BadFrame as error:
-                self.fail(str(error))
+                self._refuse(error)
         return self._waste
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -138,7 +140,7 @@ class FrameStream(asyncio.BufferedProtocol):
         try:
             self._reader.buffer_updated(nbytes)
         except BadFrame as error:
-            self.fail(str(error))
+            self._refuse(error)
             return
         self._owner.stream_received(self)
 

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 
 from mapreduce import __version__
 from mapreduce.errors import BadMessage, MapReduceError, Refused
-from mapreduce.net.auth import check_statement, sign_statement
 from mapreduce.net.client import Remote, call
 from mapreduce.net.server import BODY, CALLER, json_response
+from mapreduce.services.grants import read_grant, sign_grant
 from mapreduce.services.lobby import Group, Lobby
 from mapreduce.wire.messages import (
     Accepted,
@@ -34,7 +34,6 @@ from mapreduce.wire.messages import (
     ReportAnswer,
     SignedGrant,
     decode_message,
-    encode_message,
 )
 from mapreduce.wire.terms import Terms
 
@@ -172,10 +171,7 @@ class Coordinator:
             self._settle(granted, Refused("no job: see this log", code="internal", status=500))
 
     async def _find_miners(self, group: Group) -> SignedGrant:
-        """A grant that all its miners have accepted:
-
-        whoever refuses is replaced, all or nothing.
-        """
+        """A grant that all its miners have accepted; whoever refuses is replaced."""
         wanted = group.first
         refused: dict[str, str] = {}
         for attempt in range(OFFER_ROUNDS):
@@ -183,8 +179,7 @@ class Coordinator:
                 await asyncio.sleep(random.uniform(0.05, 0.2))  # others may be offering too
             miners = await self._pick(group, refused)
             grant = self._make_grant(group, miners)
-            text = encode_message(grant).decode()
-            signed = SignedGrant(grant=text, signature=sign_statement(self._key, "grant", text))
+            signed = sign_grant(self._key, grant)
             answers = await asyncio.gather(*(self._offer(miner, signed) for miner in miners))
             if not any(answers):
                 _log.info(
@@ -336,8 +331,7 @@ class Coordinator:
 
     def _own_grant(self, request: web.Request, signed: SignedGrant) -> tuple[Grant, int]:
         """A grant of ours that a peer shows, and the peer's rank. Needs no memory of the job."""
-        check_statement(self.hotkey, "grant", signed.grant, signed.signature)
-        grant = decode_message(Grant, signed.grant)
+        grant = read_grant(signed, self.hotkey)
         if request[CALLER].address not in grant.session_keys:
             raise Refused("the job has no such peer", code="not_in_job", status=403)
         return grant, grant.session_keys.index(request[CALLER].address)
@@ -347,10 +341,8 @@ class Coordinator:
         now = time.time()
         if grant.expires_at < now:
             raise Refused("the grant has expired; open a new job", code="expired", status=410)
-        text = encode_message(replace(grant, expires_at=now + GRANT_LIFETIME_S)).decode()
-        return json_response(
-            SignedGrant(grant=text, signature=sign_statement(self._key, "grant", text))
-        )
+        renewed = replace(grant, expires_at=now + GRANT_LIFETIME_S)
+        return json_response(sign_grant(self._key, renewed))
 
     async def _report(self, request: web.Request) -> web.Response:
         report = decode_message(Report, request[BODY])

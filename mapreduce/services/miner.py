@@ -1,7 +1,6 @@
-"""The miner:
+"""The miner: accepts jobs from validators and reduces what their peers stream.
 
-accepts jobs from validators and reduces what their peers stream. Knows routes, admission and
-shutdown.
+Knows routes, admission and shutdown.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ from mapreduce import __version__
 from mapreduce.config import available_memory_bytes
 from mapreduce.core.reduce import check_subnormals
 from mapreduce.errors import BadMessage, Refused
-from mapreduce.net.auth import Verifier, check_statement
+from mapreduce.net.auth import Verifier
 from mapreduce.net.server import BODY, CALLER, json_response, make_app
 from mapreduce.net.stream import is_upgrade
+from mapreduce.services.grants import read_grant
 from mapreduce.services.miner_job import MinerJob
 from mapreduce.services.neuron import Directory, Neuron
 from mapreduce.wire.messages import (
@@ -104,12 +104,9 @@ class Miner:
         )
         return json_response(Accepted(job=grant.job))
 
-    def _read_grant(self, request: web.Request, validator: str | None) -> Grant:
-        signed = decode_message(SignedGrant, request[BODY])
-        grant = decode_message(Grant, signed.grant)
-        if validator is not None and grant.validator != validator:
-            raise BadMessage(f"the grant is {grant.validator}'s, not the caller's")
-        check_statement(grant.validator, "grant", signed.grant, signed.signature)
+    @staticmethod
+    def _read_grant(request: web.Request, validator: str) -> Grant:
+        grant = read_grant(decode_message(SignedGrant, request[BODY]), validator)
         if grant.expires_at <= time.time():
             raise BadMessage("the grant has expired")
         return grant

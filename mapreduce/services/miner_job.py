@@ -1,6 +1,6 @@
-"""One job at a miner:
+"""One job at a miner: its session, the streams of its peers, its lifetime.
 
-its session, the streams of its peers, its lifetime. Knows no routes and no validator's rules.
+Knows no routes and no validator's rules.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 from mapreduce.errors import Refused
 from mapreduce.net.stream import FrameStream, Hello, serve_stream
-from mapreduce.wire.bodies import encode_text
-from mapreduce.wire.frames import FrameReader, Header, Kind, encode_frame
+from mapreduce.wire.frames import FrameReader, Header
 from mapreduce.wire.miner_session import MinerSession
 
 if TYPE_CHECKING:
@@ -93,10 +92,8 @@ class MinerJob:
     def close(self, reason: str) -> None:
         """Ends the job: every peer is told why and its stream is closed."""
         self._closing = True
-        goodbye = encode_text(reason)
-        frame = encode_frame(Header(kind=Kind.GOODBYE, length=len(goodbye)), goodbye)
         for stream in tuple(self._streams.values()):
-            stream.close(frame)
+            stream.close(reason)
         if not self._streams:
             self._end()
 

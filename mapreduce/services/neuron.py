@@ -1,6 +1,6 @@
-"""What miners and validators share:
+"""What miners and validators share: wallet, chain, the served axon, readiness and a clean stop.
 
-wallet, chain, the served axon, readiness and a clean stop. Knows no route.
+Knows no route.
 """
 
 from __future__ import annotations

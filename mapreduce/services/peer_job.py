@@ -1,8 +1,7 @@
-"""One job at a peer:
+"""One job at a peer: its streams and the collectives over them. Training peers and bots alike.
 
-joins it, opens the streams, runs collectives over them. Training peers and bots alike.
-
-Knows time and sockets, and what to do when something does not move. Does not know torch or threads.
+Knows time and sockets, and what to do when something does not move. Does not know torch or threads,
+nor how a job is joined (`joining.py`).
 """
 
 from __future__ import annotations
@@ -17,30 +16,18 @@ from typing import TYPE_CHECKING, Any
 from mapreduce.errors import (
     BadMessage,
     JobClosed,
-    JobRefused,
     MapReduceError,
+    MinerLost,
     PeerTimeout,
-    Refused,
     StepInDoubt,
     Unavailable,
-    ValidatorUnreachable,
-    VersionMismatch,
 )
-from mapreduce.net.auth import check_statement, new_session_key, sign_request
-from mapreduce.net.client import Remote, call, make_http_session
+from mapreduce.net.auth import sign_request
+from mapreduce.net.client import Remote, call
 from mapreduce.net.stream import FrameStream, connect_stream
+from mapreduce.services.grants import read_grant
 from mapreduce.services.step_report import StepReport, measure
-from mapreduce.wire.bodies import TensorSpec, encode_text
-from mapreduce.wire.frames import Header, Kind, encode_frame
-from mapreduce.wire.messages import (
-    Accepted,
-    Grant,
-    JoinRequest,
-    Report,
-    ReportAnswer,
-    SignedGrant,
-    decode_message,
-)
+from mapreduce.wire.messages import Accepted, Grant, Report, ReportAnswer, SignedGrant
 from mapreduce.wire.peer_session import MinerName, PeerSession
 from mapreduce.wire.peer_step import Phase, Step
 from mapreduce.wire.schedule import frame_bytes_for
@@ -52,6 +39,7 @@ if TYPE_CHECKING:
     from bittensor.sp_core import Keypair
 
     from mapreduce.core.reduce import ReduceOp
+    from mapreduce.wire.bodies import TensorSpec
 
 PING_IDLE_S = 15.0  # keeps NAT entries alive between steps
 PING_STEP_S = 2.0  # inside a step, to learn whom it waits for
@@ -139,11 +127,8 @@ class PeerJob:
             # Other ranks may be in doubt, and this one knows the outcome.
             await asyncio.wait([self._loss_report], timeout=LAST_REPORT_S)
             self._loss_report.cancel()
-        body = encode_text(reason)
-        goodbye = encode_frame(Header(kind=Kind.GOODBYE, length=len(body)), body)
         streams = tuple(self._streams.values())
-        for stream in streams:
-            stream.close(goodbye)
+        self._leave(reason)
         if self._patience is not None:
             self._patience.cancel()
         if streams:
@@ -151,6 +136,11 @@ class PeerJob:
         for response in self._responses:
             response.close()
         await self._http.close()
+
+    def _leave(self, reason: str) -> None:
+        """Tells every miner, which tells every rank, that this peer takes part in no more steps."""
+        for stream in tuple(self._streams.values()):
+            stream.close(reason)
 
     # Collectives --------------------------------------------------------------------------------
 
@@ -173,7 +163,13 @@ class PeerJob:
         self.session.check_open()
         started, started_at = self._loop.time(), time.perf_counter()
         self._changed.clear()
-        step = self.session.begin(op, root=root, tensor=tensor, source=source, allocate=allocate)
+        try:
+            step = self.session.begin(
+                op, root=root, tensor=tensor, source=source, allocate=allocate
+            )
+        except MinerLost as error:
+            self._leave(str(error))  # other ranks may not know: without us no step can end
+            raise
         self._pump()
         try:
             await self._wait(step, started, enter_timeout_s, timeout_s)
@@ -363,7 +359,7 @@ class PeerJob:
         signed = await call(
             self._http, self._key, self._validator, "POST", "/v1/renew", self._signed, SignedGrant
         )
-        grant = read_grant(signed, self._validator, self._key.ss58_address, self.rank)
+        grant = read_grant(signed, self._validator.hotkey)
         if grant.job != self.grant.job:
             raise BadMessage("the renewed grant is another job's", who=str(self._validator))
         path = f"/v1/jobs/{grant.job}/grant"
@@ -374,10 +370,7 @@ class PeerJob:
     # Doubt --------------------------------------------------------------------------------------
 
     async def _resolve_doubt(self, step: Step) -> None:
-        """Asks the validator what other ranks saw, for a while:
-
-        they report as soon as they know.
-        """
+        """Asks the validator for a while what other ranks saw: they report once they know."""
         deadline = self._loop.time() + DOUBT_TIMEOUT_S
         committed: bool | None = None
         while committed is None and self._loop.time() < deadline and not self._closing:
@@ -408,79 +401,3 @@ class PeerJob:
         except MapReduceError as error:
             _log.warning("validator took no report", extra={"error": str(error)})
             return None
-
-
-def read_grant(signed: SignedGrant, validator: Remote, session_key: str, rank: int) -> Grant:
-    """The grant in an answer, once it is proven to be the validator's and ours.
-
-    Raises BadMessage.
-    """
-    check_statement(validator.hotkey, "grant", signed.grant, signed.signature)
-    grant = decode_message(Grant, signed.grant)
-    if rank >= len(grant.session_keys) or grant.session_keys[rank] != session_key:
-        raise BadMessage("the grant does not name this peer at its rank", who=str(validator))
-    return grant
-
-
-async def open_job(
-    hotkey: Keypair,
-    validator: Remote,
-    *,
-    rank: int,
-    peer_count: int,
-    bandwidth: int,
-    miner_count: int | None = None,
-    job: str = "",
-    join_timeout_s: float = 60.0,
-) -> PeerJob:
-    """Joins a job as `rank` (index from 0) and opens its streams.
-
-    Raises:
-        ValidatorUnreachable: nobody answers at the validator's axon.
-        JobRefused: ranks are missing, taken or disagree, or there are too few miners.
-        VersionMismatch: the validator or a miner speaks another major version.
-        Unavailable: a miner cannot be reached.
-    """
-    key = new_session_key()
-    request = JoinRequest(
-        rank=rank,
-        peer_count=peer_count,
-        bandwidth=bandwidth,
-        miner_count=miner_count,
-        session_key=key.ss58_address,
-        job=job,
-        timeout_s=join_timeout_s,
-    )
-    http = make_http_session()
-    try:
-        try:
-            signed = await call(
-                http,
-                hotkey,
-                validator,
-                "POST",
-                "/v1/join",
-                request,
-                SignedGrant,
-                timeout_s=join_timeout_s + 30.0,  # finding miners comes on top of waiting for ranks
-            )
-        except VersionMismatch:
-            raise
-        except Refused as error:
-            raise JobRefused(str(error), code=error.code, status=error.status) from None
-        except Unavailable as error:
-            raise ValidatorUnreachable(str(error)) from None
-        grant = read_grant(signed, validator, key.ss58_address, rank)
-        peer_job = PeerJob(http, validator, key, signed, grant, rank)
-        try:
-            await peer_job.connect()
-        except BaseExceptionGroup as errors:
-            await peer_job.close("could not reach every miner")
-            first = next((e for e in errors.exceptions if isinstance(e, MapReduceError)), None)
-            if first is None:
-                raise
-            raise first from None
-        return peer_job
-    except BaseException:
-        await http.close()
-        raise

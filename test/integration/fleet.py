@@ -24,8 +24,8 @@ from mapreduce.net.auth import Verifier, new_session_key, sign_request, sign_sta
 from mapreduce.net.client import Remote, make_http_session
 from mapreduce.net.server import VERSION_HEADER, make_app, start_server
 from mapreduce.services.coordinator import Coordinator, Limits
+from mapreduce.services.joining import open_job
 from mapreduce.services.miner import Miner
-from mapreduce.services.peer_job import PeerJob, open_job
 from mapreduce.wire.bodies import TensorSpec
 from mapreduce.wire.messages import Grant, MinerAddress, SignedGrant, encode_message
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from aiohttp import web
+
+    from mapreduce.services.peer_job import PeerJob
 
 NETUID = 10
 DEADLINE_S = 20.0

@@ -27,6 +27,7 @@ class RawStream:
         self.reader = reader
         self.writer = writer
         self.nonce = b""
+        self.farewell = b""
 
     @classmethod
     async def open(
@@ -55,11 +56,12 @@ class RawStream:
         return header
 
     async def cut(self) -> bool:
-        """Waits until the miner has ended the stream."""
+        """Waits until the miner has ended the stream; `farewell` is what it still said."""
         try:
-            return not await self.reader.read()
+            self.farewell = await self.reader.read()
         except ConnectionResetError:
-            return True
+            self.farewell = b""
+        return True
 
     def reset(self) -> None:
         """Ends the connection as a crashed machine would, if it could still speak."""

@@ -259,7 +259,7 @@ async def test_a_miner_reads_the_grant_before_it_accepts() -> None:
         )
         key = fleet.validator_key
         for caller, signed, says in (
-            (rival, fleet.sign(good), "not the caller's"),
+            (rival, fleet.sign(good), f"not {rival.ss58_address}'s"),
             (key, fleet.sign(good, rival), "signature of this grant is not"),
             (key, tampered, "signature of this grant is not"),
             (key, fleet.sign(fleet.grant(keys, [other])), "names this miner 0 times"),

@@ -20,7 +20,7 @@ from mapreduce.errors import (
     ValidatorUnreachable,
 )
 from mapreduce.net.auth import new_session_key
-from mapreduce.services import coordinator, miner_job, peer_job
+from mapreduce.services import coordinator, grants, miner_job, peer_job
 from mapreduce.wire.messages import Grant, Report, ReportAnswer, decode_message
 from mapreduce.wire.peer_session import Phase
 from test.integration.fleet import (
@@ -444,6 +444,6 @@ async def test_a_grant_for_other_keys_is_not_believed(monkeypatch: pytest.Monkey
         with pytest.raises(BadMessage, match="does not name this peer"):
             await fleet.open_job(0, 1)
         monkeypatch.setattr(fleet.coordinator, "_make_grant", make)
-        monkeypatch.setattr(coordinator, "sign_statement", lambda *args: "0" * 128)
+        monkeypatch.setattr(grants, "sign_statement", lambda *args: "0" * 128)
         with pytest.raises(JobRefused, match="signature of this grant"):
             await fleet.open_job(0, 1)

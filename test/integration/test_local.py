@@ -1,7 +1,4 @@
-"""LocalSubnet and everything a newcomer starts:
-
-the smoke test, the examples, the demo, the neurons themselves.
-"""
+"""What a newcomer starts: LocalSubnet, the smoke test, the examples, the demo, the neurons."""
 
 from __future__ import annotations
 

@@ -288,12 +288,19 @@ def quantized() -> torch.Tensor:
         return torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
 
 
+def inference_tensor() -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.ones(3)
+
+
 BAD_TENSORS: dict[str, tuple[Callable[[], Any], str]] = {
     "list": (lambda: [1.0, 2.0], "not list"),
     "sparse": (lambda: torch.ones(3).to_sparse(), "to_dense()"),
     "grad": (lambda: torch.ones(3, requires_grad=True), "tensor.detach()"),
     "meta": (lambda: torch.ones(3, device="meta"), "the tensor is on meta: pass tensor.cpu()"),
     "expanded": (lambda: torch.ones(1).expand(5), "tensor.contiguous()"),
+    "unfolded": (lambda: torch.ones(9).unfold(0, 3, 1), "tensor.contiguous()"),
+    "inference": (inference_tensor, "tensor.clone()"),
     "quantized": (quantized, "dequantize()"),
     "avg of integers": (lambda: torch.ones(3, dtype=torch.int32), 'op="sum"'),
     "complex": (lambda: torch.ones(3, dtype=torch.complex64), "complex64"),

@@ -1,6 +1,6 @@
-"""Every peer ends with the same bytes, equal to the rank-order reference:
+"""Every peer ends with the same bytes, equal to the rank-order reference.
 
-K peers, N miners, any shape and dtype.
+For every number of peers K and miners N, any shape and dtype.
 """
 
 from __future__ import annotations

@@ -75,6 +75,8 @@ def test_a_stream_that_does_not_begin_with_hello_is_cut(first: str) -> None:
             else:
                 stream.writer.write(b"GET / HTTP/1.1\r\nHost: nobody\r\n\r\n")
             assert await stream.cut()
+            if first == "wrong nonce":  # all of it was read, so no reset overtakes the answer
+                assert b"protocol violation: the stream does not begin" in stream.farewell
             stream.writer.close()
             await until(lambda: not fleet.miners[0].miner.jobs, "the job ends")
 
@@ -246,6 +248,21 @@ async def test_a_reset_by_a_miner_is_the_loss_of_that_miner() -> None:
         assert (error.uid, error.hotkey) == (node.uid, node.remote.hotkey)
         with pytest.raises(MinerLost, match=f"miner uid {node.uid} "):
             await all_reduce(jobs[1], integers(1, 100))
+
+
+@in_loop
+async def test_a_rank_that_lost_a_miner_between_steps_does_not_keep_the_others_waiting() -> None:
+    async with Fleet(2) as fleet:
+        jobs = await fleet.open_jobs(2, miner_count=2)
+        await all_reduce_everywhere(jobs, tensors(jobs, 1000))  # step 1 is at segment 1's miner
+        jobs[0]._streams[1].fail("connection reset")
+        await until(lambda: jobs[0].session.lost, "rank 1 has lost its miner")
+        waiting = asyncio.create_task(all_reduce(jobs[1], integers(1, 10)))  # at the other miner
+        await until(lambda: jobs[1].session.step.number == 2, "rank 2 has entered")  # type: ignore[union-attr]
+        with pytest.raises(MinerLost):
+            await all_reduce(jobs[0], integers(0, 10))
+        with pytest.raises(PeerLost, match="rank 1 was lost in step 2: miner uid"):
+            await waiting
 
 
 @in_loop

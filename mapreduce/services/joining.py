@@ -1,0 +1,94 @@
+"""How a peer comes into a job: asks its validator, checks the grant, opens the streams.
+
+Knows what a validator's refusals mean to a peer; what a job then does is in `peer_job.py`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mapreduce.errors import (
+    BadMessage,
+    JobRefused,
+    MapReduceError,
+    Refused,
+    Unavailable,
+    ValidatorUnreachable,
+    VersionMismatch,
+)
+from mapreduce.net.auth import new_session_key
+from mapreduce.net.client import Remote, call, make_http_session
+from mapreduce.services.grants import read_grant
+from mapreduce.services.peer_job import PeerJob
+from mapreduce.wire.messages import JoinRequest, SignedGrant
+
+if TYPE_CHECKING:
+    from bittensor.sp_core import Keypair
+
+GRANTING_S = 30.0  # finding miners comes on top of waiting for ranks
+
+
+async def open_job(
+    hotkey: Keypair,
+    validator: Remote,
+    *,
+    rank: int,
+    peer_count: int,
+    bandwidth: int,
+    miner_count: int | None = None,
+    job: str = "",
+    join_timeout_s: float = 60.0,
+) -> PeerJob:
+    """Joins a job as `rank` (index from 0) and opens its streams.
+
+    Raises:
+        ValidatorUnreachable: nobody answers at the validator's axon.
+        JobRefused: ranks are missing, taken or disagree, or there are too few miners.
+        VersionMismatch: the validator or a miner speaks another major version.
+        Unavailable: a miner cannot be reached.
+    """
+    key = new_session_key()
+    request = JoinRequest(
+        rank=rank,
+        peer_count=peer_count,
+        bandwidth=bandwidth,
+        miner_count=miner_count,
+        session_key=key.ss58_address,
+        job=job,
+        timeout_s=join_timeout_s,
+    )
+    http = make_http_session()
+    try:
+        try:
+            signed = await call(
+                http,
+                hotkey,
+                validator,
+                "POST",
+                "/v1/join",
+                request,
+                SignedGrant,
+                timeout_s=join_timeout_s + GRANTING_S,
+            )
+        except VersionMismatch:
+            raise
+        except Refused as error:
+            raise JobRefused(str(error), code=error.code, status=error.status) from None
+        except Unavailable as error:
+            raise ValidatorUnreachable(str(error)) from None
+        grant = read_grant(signed, validator.hotkey)
+        if rank >= len(grant.session_keys) or grant.session_keys[rank] != key.ss58_address:
+            raise BadMessage("the grant does not name this peer at its rank", who=str(validator))
+        peer_job = PeerJob(http, validator, key, signed, grant, rank)
+        try:
+            await peer_job.connect()
+        except BaseExceptionGroup as errors:
+            await peer_job.close("could not reach every miner")
+            first = next((e for e in errors.exceptions if isinstance(e, MapReduceError)), None)
+            if first is None:
+                raise
+            raise first from None
+        return peer_job
+    except BaseException:
+        await http.close()
+        raise
