@@ -29,14 +29,15 @@ if TYPE_CHECKING:
 PEERS = 3
 MINERS = 4
 TENSOR_BYTES = 100 * 1024 * 1024  # the user guide's test_size
+MIN_BYTES = 64 * 1024  # the training's gradients must fit into the job too
 EPOCHS = 2
 LOSS_TOLERANCE = 1e-4  # relative: float32 sums in another order, over 60 steps of training
 
 
-def tensor_of(rank: int, step: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """What a rank contributes to a step: TENSOR_BYTES of float32 that anyone can compute again."""
+def tensor_of(rank: int, step: int, nbytes: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """What a rank contributes to a step: `nbytes` of float32 that anyone can compute again."""
     rng = np.random.default_rng((rank, step))
-    return rng.random(TENSOR_BYTES // 4, dtype=np.float32) - np.float32(0.5)
+    return rng.random(nbytes // 4, dtype=np.float32) - np.float32(0.5)
 
 
 def digest(data: memoryview) -> str:
@@ -49,6 +50,7 @@ def run_rank(peer: Peer) -> dict[str, Any]:
 
     from examples.train_digits import train
 
+    nbytes = peer.bandwidth
     steps: list[dict[str, Any]] = []
     digests: list[str] = []
 
@@ -64,11 +66,11 @@ def run_rank(peer: Peer) -> dict[str, Any]:
                 flush=True,
             )
 
-    weights = torch.from_numpy(tensor_of(1, 0)) if peer.rank == 1 else None
+    weights = torch.from_numpy(tensor_of(1, 0, nbytes)) if peer.rank == 1 else None
     weights = peer.broadcast(weights)
     note(weights)
     for epoch in range(1, EPOCHS + 1):
-        gradients = torch.from_numpy(tensor_of(peer.rank, epoch))
+        gradients = torch.from_numpy(tensor_of(peer.rank, epoch, nbytes))
         gradients = peer.all_reduce(gradients)
         note(gradients)
 
@@ -86,14 +88,14 @@ def run_rank(peer: Peer) -> dict[str, Any]:
     }
 
 
-def reference_digests(peer_count: int) -> list[str]:
+def reference_digests(peer_count: int, nbytes: int) -> list[str]:
     """What every rank must hold after each step of the user guide, without any network."""
     from mapreduce.core.dtypes import DType
     from mapreduce.core.reduce import ReduceOp, reduce_reference
 
-    expected = [digest(tensor_of(1, 0).data)]
+    expected = [digest(tensor_of(1, 0, nbytes).data)]
     for epoch in range(1, EPOCHS + 1):
-        tensors = [tensor_of(rank, epoch) for rank in range(1, peer_count + 1)]
+        tensors = [tensor_of(rank, epoch, nbytes) for rank in range(1, peer_count + 1)]
         expected.append(digest(reduce_reference(tensors, DType.FLOAT32, ReduceOp.AVG).data))
     return expected
 
@@ -132,7 +134,7 @@ def table(ranks: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def run_demo(peer_count: int, miner_count: int) -> dict[str, Any]:
+def run_demo(peer_count: int, miner_count: int, nbytes: int) -> dict[str, Any]:
     """Runs everything and returns what `--json` writes."""
     from examples.train_digits import train
     from mapreduce.local import LocalSubnet
@@ -140,13 +142,11 @@ def run_demo(peer_count: int, miner_count: int) -> dict[str, Any]:
     started = time.monotonic()
     print(f"starting 1 validator and {miner_count} miners on an embedded chain", flush=True)
     with LocalSubnet(miners=miner_count) as subnet:
-        print(
-            f"starting {peer_count} peers; each tensor has {TENSOR_BYTES / 1e6:.1f} MB", flush=True
-        )
-        ranks = subnet.run(run_rank, peer_count, TENSOR_BYTES, miner_count=miner_count)
+        print(f"starting {peer_count} peers; each tensor has {nbytes / 1e6:.1f} MB", flush=True)
+        ranks = subnet.run(run_rank, peer_count, nbytes, miner_count=miner_count)
     print("computing the references in this process", flush=True)
     losses = train()
-    checked = verdicts(ranks, reference_digests(peer_count), losses)
+    checked = verdicts(ranks, reference_digests(peer_count, nbytes), losses)
     slowest = [
         max(entry["steps"][index]["seconds"] for entry in ranks)
         for index in range(len(ranks[0]["steps"]))
@@ -155,7 +155,7 @@ def run_demo(peer_count: int, miner_count: int) -> dict[str, Any]:
         "version": __version__,
         "peers": peer_count,
         "miners": miner_count,
-        "tensor_bytes": TENSOR_BYTES,
+        "tensor_bytes": nbytes,
         "seconds_per_step": slowest,
         "ranks": ranks,
         "single_process_losses": losses,
@@ -201,10 +201,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--peers", type=int, default=PEERS, help="ranks, 1 to 6 (default %(default)s)"
     )
+    parser.add_argument(
+        "--bytes", type=int, default=TENSOR_BYTES, help="of each tensor (default %(default)s)"
+    )
     parser.add_argument("--miners", type=int, default=MINERS, help="miners (default %(default)s)")
     options = parser.parse_args(argv)
     if options.peers not in range(1, 7):
         parser.error(f"--peers {options.peers}: 1 to 6")
+    if options.bytes < MIN_BYTES:
+        parser.error(f"--bytes {options.bytes}: {MIN_BYTES} or more")
     if options.miners < 1:
         parser.error(f"--miners {options.miners}: 1 or more")
     root = Path(__file__).resolve().parents[1]
@@ -214,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "contain: run it in a checkout of the repository"
         )
     sys.path.insert(0, str(root))
-    outcome = run_demo(options.peers, options.miners)
+    outcome = run_demo(options.peers, options.miners, options.bytes)
     show(outcome)
     if options.json is not None:
         options.json.write_text(json.dumps(outcome, indent=2) + "\n")

@@ -70,10 +70,10 @@ def _describe_numpy(array: np.ndarray[Any, np.dtype[Any]], written: bool) -> Ten
 
 def _overlaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether elements may share memory: a stride too short for what smaller ones span."""
+    if 0 in shape:
+        return False
     reach = 1  # elements that the dimensions of smaller stride span
     for stride, size in sorted(zip(strides, shape, strict=True)):
-        if size == 0:
-            return False
         if size > 1:
             if stride < reach:
                 return True

@@ -217,7 +217,8 @@ def test_the_readme_shows_the_user_guides_script_whole() -> None:
 
 def test_the_demo_passes_and_writes_json(tmp_path: Path) -> None:
     path = tmp_path / "demo.json"
-    done = python("-m", "mapreduce.demo", "--peers", "2", "--miners", "2", "--json", str(path))
+    size = ["--peers", "2", "--miners", "2", "--bytes", "8000000"]
+    done = python("-m", "mapreduce.demo", *size, "--json", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("PASS") == 2
     outcome = json.loads(path.read_text())
