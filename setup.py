@@ -31,6 +31,7 @@ setup(
         "psutil>=5.9",
         "pydantic>=2.7,<3",
         "torch>=2.2",
+        "uvloop>=0.19",
     ],
     extras_require={
         "examples": EXAMPLES,
@@ -41,9 +42,8 @@ setup(
             "pytest>=8",
             "pytest-timeout>=2.3",
             "ruff>=0.6",
-            "uvloop>=0.19",
         ],
-        "bench": ["matplotlib>=3.8", "uvloop>=0.19"],
+        "bench": [],  # bench/loopback.py needs nothing more than the package
     },
     classifiers=[
         "Operating System :: POSIX",

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from mapreduce.local import LocalSubnet
+from mapreduce.net.loop import new_event_loop
 from mapreduce.processes import free_port
 
 FLOOR_BYTES = 2 << 30
@@ -127,7 +128,8 @@ def main() -> int:
     steps = Steps(nbytes, options.steps)
     rate = raw_rate()
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-    print(f"{' '.join(sys.argv)}: {machine}, asyncio loop, torch {torch.__version__}")
+    loop = type(new_event_loop()).__module__
+    print(f"{' '.join(sys.argv)}: {machine}, {loop}, torch {torch.__version__}")
     print(f"raw loopback: {rate / 1e9:.2f} GB/s; tensor: {nbytes / 1e6:.1f} MB")
     print(" K=N  floor s  ours s (p95)    x floor  gloo s (p95)    ours / gloo")
     rows = []

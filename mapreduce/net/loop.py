@@ -10,12 +10,22 @@ import concurrent.futures
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import uvloop
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
 Result = TypeVar("Result")
 
 INTERRUPT_GRACE_S = 3.0
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """The event loop that neurons and peers run on.
+
+    uvloop: `bench/loopback.py` takes 1.3 times as long on asyncio's own loop, which also works.
+    """
+    return uvloop.new_event_loop()
 
 
 class LoopThread:
@@ -25,7 +35,7 @@ class LoopThread:
     """
 
     def __init__(self, name: str) -> None:
-        self._loop = asyncio.new_event_loop()
+        self._loop = new_event_loop()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 

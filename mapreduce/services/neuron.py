@@ -25,6 +25,7 @@ from mapreduce.chain.seam import reading
 from mapreduce.chain.wallets import load_wallet
 from mapreduce.errors import ConfigError, Unavailable
 from mapreduce.logs import configure_logging
+from mapreduce.net.loop import new_event_loop
 from mapreduce.net.server import start_server
 
 if TYPE_CHECKING:
@@ -185,7 +186,8 @@ def run_neuron(
     configure_logging(config.logging, name=f"{role}-{wallet.name}-{wallet.hotkey}")
     for warning in config.warnings:
         _log.warning(warning)
-    asyncio.run(serve(config))
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(serve(config))
     return 0
 
 
