@@ -84,7 +84,6 @@ class Coordinator:
         limits: Limits,
     ) -> None:
         self.hotkey: str = key.ss58_address
-        self.granted_jobs = 0
         self._key = key
         self._netuid = netuid
         self._directory = directory
@@ -161,7 +160,6 @@ class Coordinator:
             signed = await self._find_miners(group)
             if not granted.done():
                 granted.set_result(signed)
-                self.granted_jobs += 1
         except MapReduceError as error:
             _log.warning("no job granted", extra={"peers": group.key, "reason": str(error)})
             self._settle(granted, error)

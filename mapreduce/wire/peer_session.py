@@ -38,7 +38,6 @@ from mapreduce.wire.bodies import (
     TensorSpec,
     check_empty,
     decode_text,
-    encode_text,
 )
 from mapreduce.wire.frames import REPLY, FrameReader, Header, Kind, encode_frame
 from mapreduce.wire.peer_step import Phase, Step
@@ -191,11 +190,6 @@ class PeerSession:
     def ping(self, miner: int) -> None:
         """Asks a miner for a sign of life, and whom it waits for."""
         self._send(miner, Kind.PING, b"")
-
-    def goodbye(self, reason: str) -> None:
-        """Tells every miner that this peer leaves the job."""
-        for miner in range(self.terms.miner_count):
-            self._send(miner, Kind.GOODBYE, encode_text(reason))
 
     # Output ---------------------------------------------------------------------------------------
 
