@@ -13,6 +13,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -28,7 +29,7 @@ from mapreduce.errors import InvalidArgument, JobClosed, LocalError
 from mapreduce.processes import ChildProcess, spawn, stop_all
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import bittensor as bt
 
@@ -258,7 +259,8 @@ class LocalSubnet:
                 ours, theirs = context.Pipe(duplex=False)
                 arguments = (fn, rank, peer_count, bandwidth, options, self._connection(), theirs)
                 process = context.Process(target=_run_rank, args=arguments, name=f"rank {rank}")
-                process.start()
+                with _interrupts_ignored():
+                    process.start()
                 theirs.close()
                 ranks.append(_Rank(rank, process, ours))
             return _collect(ranks, timeout_s)
@@ -274,6 +276,19 @@ class LocalSubnet:
             "validator_uid": self.validator_uid,
             "wallets": str(self.directory / "wallets"),
         }
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """For what is started inside: Ctrl+C is for this process, which then ends its ranks."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may, and only it gets the interrupt
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Rank:

@@ -140,6 +140,39 @@ def test_children_die_with_a_parent_that_is_killed() -> None:
     subprocess.run(["rm", "-rf", directory], check=True)
 
 
+def test_ctrl_c_ends_the_ranks_and_the_subnet_without_noise(tmp_path: Path) -> None:
+    script = tmp_path / "interrupted.py"
+    script.write_text(
+        "import os, time\n"
+        "from mapreduce.local import LocalSubnet\n"
+        "def fn(peer):\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    time.sleep(60)\n"
+        "if __name__ == '__main__':\n"
+        "    try:\n"
+        "        with LocalSubnet(miners=1) as subnet:\n"
+        "            subnet.run(fn, 1)\n"
+        "    except KeyboardInterrupt:\n"
+        "        print('interrupted')\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=CLEAN_ENV,
+        start_new_session=True,
+    )
+    assert parent.stdout is not None
+    rank = int(parent.stdout.readline())
+    neurons = psutil.Process(parent.pid).children(recursive=True)
+    os.killpg(parent.pid, signal.SIGINT)  # as a terminal does: to the whole group
+    output, errors = parent.communicate(timeout=30)
+    assert (output, errors) == ("interrupted\n", "")
+    assert not psutil.pid_exists(rank)
+    assert not psutil.wait_procs(neurons, 5)[1]
+
+
 @pytest.mark.slow
 def test_works_from_a_plain_install(tmp_path: Path) -> None:
     """A user's test, in a directory of its own, against the built package."""
