@@ -108,13 +108,13 @@ def test_a_miner_holds_one_window_a_peer_and_one_ring_whatever_the_tensor() -> N
     assert held == job.terms.miner_bytes
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(30))
 def test_every_schedule_comes_to_an_end(seed: int) -> None:
     check_schedule(seed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(40, 3000))
+@pytest.mark.parametrize("seed", range(30, 3000))
 def test_every_schedule_comes_to_an_end_thousands(seed: int) -> None:
     check_schedule(seed)
 
@@ -242,8 +242,18 @@ def test_one_broken_stream_fails_the_step_on_every_rank() -> None:
     assert all(isinstance(step.error, (MinerLost, PeerLost)) for step in steps)
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", range(60))
 def test_ranks_never_disagree_on_the_outcome_when_streams_break(seed: int) -> None:
+    check_outcome(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(60, 1000))
+def test_ranks_never_disagree_on_the_outcome_when_streams_break_hundreds(seed: int) -> None:
+    check_outcome(seed)
+
+
+def check_outcome(seed: int) -> None:
     """Whatever breaks and whenever: no rank commits a step that another one saw fail."""
     job = MemoryJob(terms(3, 2), seed=seed)
     tensors = gradients(3, 140_000)
