@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from mapreduce.chain import open_chain
 from mapreduce.chain.metagraph import fetch_metagraph
-from mapreduce.chain.seam import reading
+from mapreduce.chain.seam import connected
 from mapreduce.chain.wallets import load_wallet
 from mapreduce.core.reduce import ReduceOp, check_reducible, reduce_op
 from mapreduce.errors import (
@@ -164,13 +163,8 @@ class Peer:
         self._pid = os.getpid()
 
     async def _open(self, hotkey: Any) -> PeerJob:  # Any: a Keypair, from a library without types
-        client = open_chain(self.network)
-        with reading(client, "connecting"):
-            await client.connect()
-        try:
+        async with connected(self.network) as client:
             metagraph = await fetch_metagraph(client, self.netuid)
-        finally:
-            await client.close()
         neuron = metagraph.by_uid(self.validator_uid)
         if neuron is None:
             raise ConfigError(

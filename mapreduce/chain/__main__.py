@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from mapreduce.chain import DEFAULT_CHAIN_PATH, EMBEDDED, open_chain
+from mapreduce.chain import DEFAULT_CHAIN_PATH, EMBEDDED
 from mapreduce.errors import MapReduceError
 
 if TYPE_CHECKING:
@@ -38,17 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def _run(options: argparse.Namespace) -> int:
     # bittensor takes most of a second to import; `--help` and a mistyped flag need none of it.
-    from mapreduce.chain.seam import reading
+    from mapreduce.chain.seam import connected
 
-    client = open_chain(options.network, endpoint=options.endpoint)
-    with reading(client, "connecting"):
-        await client.connect()
-    try:
+    async with connected(options.network, options.endpoint) as client:
         if options.command == "show":
             return await _show(client, options)
         return await _change(client, options)
-    finally:
-        await client.close()
 
 
 async def _change(client: bt.Client, options: argparse.Namespace) -> int:

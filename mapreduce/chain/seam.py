@@ -7,10 +7,28 @@ from typing import TYPE_CHECKING
 
 import bittensor as bt
 
+from mapreduce.chain import open_chain
 from mapreduce.errors import ChainUnavailable, Refused
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
+
+
+@contextlib.asynccontextmanager
+async def connected(network: str, endpoint: str | None = None) -> AsyncIterator[bt.Client]:
+    """A connected client of the chain, closed at the end; see `open_chain` for the names.
+
+    Raises:
+        ConfigError: an unknown name.
+        ChainUnavailable: no answer.
+    """
+    client = open_chain(network, endpoint=endpoint)
+    with reading(client, "connecting"):
+        await client.connect()
+    try:
+        yield client
+    finally:
+        await client.close()
 
 
 @contextlib.contextmanager

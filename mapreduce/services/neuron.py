@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mapreduce import __version__
-from mapreduce.chain import is_embedded, open_chain
+from mapreduce.chain import is_embedded
 from mapreduce.chain.metagraph import (
     Metagraph,
     fetch_metagraph,
@@ -21,7 +21,7 @@ from mapreduce.chain.metagraph import (
     require_registered,
     serve_axon,
 )
-from mapreduce.chain.seam import reading
+from mapreduce.chain.seam import connected
 from mapreduce.chain.wallets import load_wallet
 from mapreduce.errors import ConfigError, Unavailable
 from mapreduce.logs import configure_logging
@@ -109,7 +109,7 @@ class Neuron:
         Raises WalletError, ConfigError, Unavailable.
         """
         loaded = load_wallet(wallet.name, wallet.hotkey, wallet.path)
-        async with connected(chain) as client:
+        async with connected(chain.network, chain.endpoint) as client:
             yield cls(client, chain, loaded, role)
 
     def not_ready(self) -> str | None:
@@ -189,15 +189,3 @@ def run_neuron(
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(serve(config))
     return 0
-
-
-@asynccontextmanager
-async def connected(chain: ChainConfig) -> AsyncIterator[bt.Client]:
-    """A connected client for the configured chain. Raises ConfigError or ChainUnavailable."""
-    client = open_chain(chain.network, endpoint=chain.endpoint)
-    with reading(client, "connecting"):
-        await client.connect()
-    try:
-        yield client
-    finally:
-        await client.close()
