@@ -353,7 +353,8 @@ class PeerJob:
                     )
 
     def _renewal_time(self) -> float:
-        return (self.grant.created_at + self.grant.expires_at) / 2 if self.grant else 0.0
+        """Half of what is left from now: a renewed grant keeps the time at which it was created."""
+        return (time.time() + self.grant.expires_at) / 2
 
     async def _renew(self) -> None:
         signed = await call(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -447,3 +448,12 @@ async def test_a_grant_for_other_keys_is_not_believed(monkeypatch: pytest.Monkey
         monkeypatch.setattr(grants, "sign_statement", lambda *args: "0" * 128)
         with pytest.raises(JobRefused, match="signature of this grant"):
             await fleet.open_job(0, 1)
+
+
+@in_loop
+async def test_a_job_of_many_hours_renews_once_in_half_a_lifetime() -> None:
+    async with Fleet(1) as fleet:
+        (job,) = await fleet.open_jobs(1)
+        now = time.time()
+        job.grant = replace(job.grant, created_at=now - 36_000, expires_at=now + 3600)
+        assert job._renewal_time() >= now + 1800
