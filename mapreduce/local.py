@@ -8,28 +8,24 @@ their own business.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import multiprocessing
-import multiprocessing.connection
 import os
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 import time
-import traceback
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from mapreduce.errors import InvalidArgument, JobClosed, LocalError
+from mapreduce.errors import InvalidArgument, JobClosed
 from mapreduce.processes import ChildProcess, spawn, stop_all
+from mapreduce.ranks import run_ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     import bittensor as bt
 
@@ -40,18 +36,20 @@ Result = TypeVar("Result")
 NETUID = 10
 READY_TIMEOUT_S = 60.0
 STOP_GRACE_S = 5.0
-RANK_GRACE_S = 10.0  # for the other ranks to fail by themselves, once one has
 VALIDATOR_STAKE_TAO = 1000.0
 DEFAULT_BANDWIDTH = 1 << 30
 _WALLET = "local"
 
 
-class RankFailed(LocalError):
-    """A rank's process ended without a result; carries the rank and what it said last."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a neuron runs: `prefix` goes before its command line, `ip` and `port` are what it
+    listens on (port 0: any free one), `flags` are further flags for it alone."""
 
-    def __init__(self, rank: int, reason: str) -> None:
-        super().__init__(f"rank {rank} failed: {reason}")
-        self.rank = rank
+    prefix: tuple[str, ...] = ()
+    ip: str = "127.0.0.1"
+    port: int = 0
+    flags: tuple[str, ...] = ()
 
 
 class LocalSubnet:
@@ -169,8 +167,14 @@ class LocalSubnet:
                     await add_stake(client, wallet, NETUID, VALIDATOR_STAKE_TAO)
         return uids
 
+    def place(self, name: str) -> Place:
+        """Where the neuron `name` runs; for subclasses that put each into a network of its own."""
+        return Place()
+
     def _spawn(self, role: str, name: str, flags: Sequence[str]) -> ChildProcess:
+        place = self.place(name)
         argv = [
+            *place.prefix,
             sys.executable,
             *("-m", f"neurons.{role}"),
             *("--subtensor.network", self.network),
@@ -178,8 +182,9 @@ class LocalSubnet:
             *("--wallet.name", _WALLET),
             *("--wallet.hotkey", name),
             *("--wallet.path", str(self.directory / "wallets")),
-            *("--axon.ip", "127.0.0.1"),
-            *("--axon.port", "0"),
+            *("--axon.ip", place.ip),
+            *("--axon.port", str(place.port)),
+            *place.flags,
             *flags,
         ]
         # The caller's BT_* variables and configuration file are none of this subnet's.
@@ -252,21 +257,11 @@ class LocalSubnet:
             Exception: what `fn` raised, of the first rank that failed.
             RankFailed: a process died, or did not end within `timeout_s`.
         """
-        context = multiprocessing.get_context("spawn")
-        ranks: list[_Rank] = []
-        try:
-            for rank in range(1, peer_count + 1):
-                ours, theirs = context.Pipe(duplex=False)
-                arguments = (fn, rank, peer_count, bandwidth, options, self._connection(), theirs)
-                process = context.Process(target=_run_rank, args=arguments, name=f"rank {rank}")
-                with _interrupts_ignored():
-                    process.start()
-                theirs.close()
-                ranks.append(_Rank(rank, process, ours))
-            return _collect(ranks, timeout_s)
-        finally:
-            for entry in ranks:
-                entry.close()
+        subnet = self._connection()
+        arguments = [
+            (fn, rank, peer_count, bandwidth, options, subnet) for rank in range(1, peer_count + 1)
+        ]
+        return run_ranks(_run_peer, arguments, timeout_s)
 
     def _connection(self) -> dict[str, Any]:
         """What a rank's process needs to reach this subnet."""
@@ -278,110 +273,19 @@ class LocalSubnet:
         }
 
 
-@contextlib.contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """For what is started inside: Ctrl+C is for this process, which then ends its ranks."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may, and only it gets the interrupt
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-class _Rank:
-    """One rank's process, seen from the parent."""
-
-    def __init__(
-        self, rank: int, process: Any, results: multiprocessing.connection.Connection
-    ) -> None:
-        self.rank = rank
-        self.process = process
-        self.results = results
-
-    def take(self) -> tuple[bool, Any]:
-        """Whether it succeeded, and its result or exception."""
-        try:
-            succeeded, value = self.results.recv()
-        except EOFError:
-            self.process.join(STOP_GRACE_S)
-            code = self.process.exitcode
-            return False, RankFailed(self.rank, f"its process ended with exit code {code}")
-        return succeeded, value
-
-    def close(self) -> None:
-        if self.process.is_alive():
-            self.process.terminate()
-            self.process.join(STOP_GRACE_S)
-        if self.process.is_alive():
-            self.process.kill()
-        self.process.join()
-        self.results.close()
-
-
-def _collect(ranks: list[_Rank], timeout_s: float) -> list[Any]:
-    results: dict[int, Any] = {}
-    failure: BaseException | None = None
-    waiting = {entry.results: entry for entry in ranks}
-    deadline = time.monotonic() + timeout_s
-    while waiting:
-        ready = multiprocessing.connection.wait(
-            list(waiting), max(0.0, deadline - time.monotonic())
-        )
-        if not ready:
-            if failure is not None:
-                break
-            slow = sorted(entry.rank for entry in waiting.values())
-            raise RankFailed(slow[0], f"ranks {slow} did not end within {timeout_s:g} s")
-        for connection in ready:
-            assert isinstance(connection, multiprocessing.connection.Connection)
-            entry = waiting.pop(connection)
-            succeeded, value = entry.take()
-            if succeeded:
-                results[entry.rank] = value
-            elif failure is None:
-                failure = value
-                deadline = min(deadline, time.monotonic() + RANK_GRACE_S)
-    if failure is not None:
-        raise failure
-    return [results[entry.rank] for entry in ranks]
-
-
-def _run_rank(
-    fn: Callable[[Peer], Any],
+def _run_peer(
+    fn: Callable[[Peer], Result],
     rank: int,
     peer_count: int,
     bandwidth: int,
     options: dict[str, Any],
     subnet: dict[str, Any],
-    results: multiprocessing.connection.Connection,
-) -> None:
-    """The main function of a rank's process."""
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+) -> Result:
+    """What a rank's process does."""
     from mapreduce.chain.wallets import load_wallet
     from peer import Peer
 
-    try:
-        wallet = load_wallet(_WALLET, "peer", subnet["wallets"])
-        place = (wallet, subnet["validator_uid"], subnet["netuid"], subnet["network"])
-        with Peer(rank, peer_count, bandwidth, *place, **options) as peer:
-            outcome = (True, fn(peer))
-    except BaseException as error:
-        trace = "".join(traceback.format_exception(error))
-        error.add_note(f"in rank {rank}:\n{trace}")
-        outcome = (False, error)
-    try:
-        results.send(outcome)
-    except Exception as error:  # whatever its pickling raises
-        results.send((False, RankFailed(rank, f"its result cannot be sent: {error!r}")))
-    with contextlib.suppress(OSError):
-        results.close()
-
-
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
+    wallet = load_wallet(_WALLET, "peer", subnet["wallets"])
+    place = (wallet, subnet["validator_uid"], subnet["netuid"], subnet["network"])
+    with Peer(rank, peer_count, bandwidth, *place, **options) as peer:
+        return fn(peer)

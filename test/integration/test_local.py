@@ -16,8 +16,9 @@ import psutil
 import pytest
 
 from mapreduce.errors import CollectiveMismatch, InvalidArgument, JobClosed, PeerLost
-from mapreduce.local import LocalSubnet, RankFailed
+from mapreduce.local import LocalSubnet
 from mapreduce.processes import ProcessDied
+from mapreduce.ranks import RankFailed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -21,7 +21,13 @@ MAX_LINES = 500
 # From the bottom up; a module imports its own layer and those below.
 LAYERS = (
     ("mapreduce.errors", "mapreduce.core", "mapreduce.wire", "mapreduce.config"),
-    ("mapreduce.net", "mapreduce.chain", "mapreduce.logs", "mapreduce.processes"),
+    (
+        "mapreduce.net",
+        "mapreduce.chain",
+        "mapreduce.logs",
+        "mapreduce.processes",
+        "mapreduce.ranks",
+    ),
     ("mapreduce.services",),
     ("mapreduce.local", "mapreduce.demo", "peer", "neurons", "examples"),
 )
