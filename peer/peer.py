@@ -27,7 +27,8 @@ from mapreduce.errors import (
 from mapreduce.net.client import Remote
 from mapreduce.net.loop import LoopThread
 from mapreduce.services.joining import open_job
-from peer.tensors import Tensor, as_bytes, assign, describe, new_tensor
+from mapreduce.wire.peer_step import Target
+from peer.tensors import Tensor, as_bytes, assign, describe, mark_written, new_tensor
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -117,7 +118,7 @@ class Peer:
         self._job: PeerJob | None = None
         self._pid = 0
         self._busy = threading.Lock()
-        self._result = np.empty(0, dtype=np.uint8)
+        self._undo = np.empty(0, dtype=np.uint8)
 
     def __repr__(self) -> str:
         state = "open" if self._job else "closed"
@@ -195,7 +196,7 @@ class Peer:
         """
         job, loop = self._job, self._loop
         self._job = self._loop = None
-        self._result = np.empty(0, dtype=np.uint8)
+        self._undo = np.empty(0, dtype=np.uint8)
         if job is None or loop is None or self._pid != os.getpid():
             return
         try:
@@ -252,9 +253,7 @@ class Peer:
         self._require_job()
         spec = describe(tensor, written=True)
         check_reducible(reduce, spec.dtype)
-        step = self._run(reduce, spec, as_bytes(tensor), self._result_buffer, timeout)
-        assert step.result is not None
-        assign(tensor, step.result)
+        self._into(tensor, reduce, spec, timeout, contribute=True)
         return tensor
 
     def broadcast(
@@ -281,31 +280,56 @@ class Peer:
                 raise InvalidArgument(f"rank {src} sends this broadcast and must pass a tensor")
             return self._receive_new(src, timeout)
         spec = describe(tensor, written=not sending)
-        source = as_bytes(tensor) if sending else None
-        step = self._run(
-            ReduceOp.BROADCAST, spec, source, self._result_buffer, timeout, root=src - 1
-        )
-        if step.result is not None:
-            assign(tensor, step.result)
+        if sending:
+            source, _ = as_bytes(tensor)
+            self._run(ReduceOp.BROADCAST, spec, source, None, timeout, root=src - 1)
+        else:
+            self._into(tensor, ReduceOp.BROADCAST, spec, timeout, root=src - 1)
         return tensor
+
+    def _into(
+        self,
+        tensor: Tensor,
+        op: ReduceOp,
+        spec: TensorSpec,
+        timeout: float | None,
+        *,
+        contribute: bool = False,
+        root: int = 0,
+    ) -> None:
+        """Runs a collective whose result replaces the tensor, which is its contribution as well.
+
+        The result comes into the tensor's own memory while the rest is still on its way; what it
+        overwrites is kept until the step is over.
+        """
+        memory, own = as_bytes(tensor)
+
+        def allocate(nbytes: int) -> Target:
+            return Target(memory, self._undo_buffer(nbytes) if own else None)
+
+        self._run(op, spec, memory if contribute else None, allocate, timeout, root=root)
+        if own:
+            mark_written(tensor)
+        else:
+            assign(tensor, memory)
 
     def _receive_new(self, src: int, timeout: float | None) -> Any:
         received = np.empty(0, dtype=np.uint8)
 
-        def allocate(nbytes: int) -> memoryview:
+        def allocate(nbytes: int) -> Target:
             nonlocal received
             received = np.empty(nbytes, dtype=np.uint8)
-            return received.data
+            return Target(received.data)
 
         step = self._run(ReduceOp.BROADCAST, None, None, allocate, timeout, root=src - 1)
         assert step.tensor is not None
         return new_tensor(step.tensor, received)
 
-    def _result_buffer(self, nbytes: int) -> memoryview:
+    def _undo_buffer(self, nbytes: int) -> memoryview:
         """One buffer for all steps: fresh memory costs a page fault for every 4 KiB."""
-        if len(self._result) < nbytes:
-            self._result = np.empty(nbytes, dtype=np.uint8)
-        return self._result[:nbytes].data
+        if len(self._undo) < nbytes:
+            self._undo = np.empty(nbytes, dtype=np.uint8)
+        return self._undo[:nbytes].data
 
     def _run(
         self,

@@ -86,25 +86,33 @@ def _check_dimensions(count: int) -> None:
         raise UnsupportedTensor(f"a tensor of {count} dimensions: at most {MAX_DIMENSIONS}")
 
 
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The elements in C order, without a copy where the tensor is contiguous."""
+def as_bytes(tensor: Tensor) -> tuple[memoryview, bool]:
+    """The elements in C order, and whether they are the tensor's own memory: where it is not
+    contiguous they are a copy."""
     if isinstance(tensor, torch.Tensor):
         # copy: only if it is not contiguous; the wire needs one run of bytes
         flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-        return flat.view(torch.uint8).numpy().data
-    return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
+        return flat.view(torch.uint8).numpy().data, flat.data_ptr() == tensor.data_ptr()
+    array = np.ascontiguousarray(tensor).reshape(-1)
+    return array.view(np.uint8).data, array.ctypes.data == tensor.ctypes.data
 
 
 def assign(tensor: Tensor, result: memoryview) -> None:
-    """Copies the bytes of a result into the tensor, whatever its strides."""
+    """Copies the bytes of a result into a tensor that is not contiguous."""
     if len(result) == 0:
         return
-    # copy: the step is atomic, so the result came to a buffer of its own
+    # copy: a result comes as one run of bytes
     if isinstance(tensor, torch.Tensor):
         with torch.no_grad():
             tensor.copy_(torch.frombuffer(result, dtype=tensor.dtype).view(tensor.shape))
     else:
         np.copyto(tensor, np.frombuffer(result, dtype=tensor.dtype).reshape(tensor.shape))
+
+
+def mark_written(tensor: Tensor) -> None:
+    """Tells autograd that the tensor's memory has changed behind its back."""
+    if isinstance(tensor, torch.Tensor) and not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
 
 
 def new_tensor(spec: TensorSpec, data: np.ndarray[Any, np.dtype[Any]]) -> torch.Tensor:

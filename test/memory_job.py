@@ -21,6 +21,7 @@ from mapreduce.errors import BadFrame
 from mapreduce.wire.bodies import TensorSpec
 from mapreduce.wire.miner_session import MinerSession
 from mapreduce.wire.peer_session import MinerName, PeerSession, Phase, Step
+from mapreduce.wire.peer_step import Target
 
 if TYPE_CHECKING:
     from mapreduce.wire.terms import Terms
@@ -44,7 +45,10 @@ class MemoryJob:
         self.random = random.Random(seed)
         self.socket_bytes = socket_bytes
         names = [MinerName(uid=10 + m, hotkey=f"miner-{m}") for m in range(terms.miner_count)]
-        self.peers = [PeerSession(terms, rank, names) for rank in range(terms.peer_count)]
+        self.now = 0.0  # seconds; one move takes a millisecond
+        self.peers = [
+            PeerSession(terms, rank, names, lambda: self.now) for rank in range(terms.peer_count)
+        ]
         self.miners = [MinerSession(terms, m) for m in range(terms.miner_count)]
         self.streams = {
             (p, m): Stream() for p in range(terms.peer_count) for m in range(terms.miner_count)
@@ -53,7 +57,7 @@ class MemoryJob:
         self.miner_readers = {(p, m): self.miners[m].reader(p) for p, m in self.streams}
         for p, m in self.streams:
             self.miners[m].attach(p)
-        self.results: list[bytearray | None] = [None] * terms.peer_count
+        self.results: list[memoryview | None] = [None] * terms.peer_count
         self.violations: list[BadFrame] = []
         self._moves = self._all_moves()
 
@@ -68,15 +72,20 @@ class MemoryJob:
         root: int = 0,
         contribute: bool = True,
     ) -> Step:
-        def allocate(nbytes: int) -> memoryview:
-            self.results[rank] = bytearray(nbytes)
-            return memoryview(self.results[rank])
+        """Enters a step. The result comes in place of a contribution, which is a copy of `tensor`,
+        as with `Peer`; or else to new memory."""
+
+        def allocate(nbytes: int) -> Target:
+            undo = None if source is None else memoryview(bytearray(nbytes))
+            self.results[rank] = memoryview(bytearray(nbytes)) if source is None else source
+            return Target(self.results[rank], undo)
 
         spec = source = None
         if tensor is not None:
             spec = TensorSpec(dtype=dtype_from_numpy(tensor.dtype), shape=tensor.shape)
             if contribute:
-                source = memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
+                source = memoryview(tensor.flatten().view(np.uint8))
+                self.results[rank] = source
         return self.peers[rank].begin(op, root=root, tensor=spec, source=source, allocate=allocate)
 
     def all_reduce(self, tensors: list[np.ndarray], op: ReduceOp = ReduceOp.AVG) -> list[Step]:
@@ -96,6 +105,7 @@ class MemoryJob:
             for enabled, move, key in self._moves[begin:] + self._moves[:begin]:
                 if enabled(key):
                     move(key)
+                    self.now += 0.001
                     break
             else:
                 return done
@@ -154,6 +164,7 @@ class MemoryJob:
             m, header, payload = upload
             self.streams[p, m].to_miner += header
             self.streams[p, m].to_miner += payload
+            self.peers[p].flushed(m)
 
     def _peer_control(self, key: tuple[int, int]) -> None:
         p, m = key
@@ -167,6 +178,7 @@ class MemoryJob:
         if data is not None:
             self.streams[key].to_peer += data
             self.miners[m].output_done(p)
+            self.miners[m].reduce()
 
     def _take(self, queue: bytearray) -> bytes:
         count = self.random.choice((1, 20, 32, 5000, 16384, 1 << 20))
@@ -177,6 +189,7 @@ class MemoryJob:
     def _deliver_to_miner(self, key: tuple[int, int]) -> None:
         try:
             self.miner_readers[key].feed(self._take(self.streams[key].to_miner))
+            self.miners[key[1]].reduce()
         except BadFrame as error:
             self.violations.append(error)
             self.cut(*key, f"protocol violation: {error}")
@@ -196,6 +209,7 @@ class MemoryJob:
         if stream.open:
             stream.open = False
             self.miners[m].detach(p, reason)
+            self.miners[m].reduce()
             self.peers[p].miner_lost(m, reason)
 
     def kill_peer(self, p: int) -> None:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 16 * 1024  # unit of reduction, hashing and audit; a multiple of every itemsize
 MIN_SEGMENT_BYTES = 256 * 1024  # below this a further stream costs more than the split gains
+EQUAL_WEIGHT = 1 << 20  # of each miner, before anything was measured
+JUMP_RATIO = Fraction(115, 100)  # three times what equal miners' times scattered by, shaped links
+MIN_MEASURED_US = 20_000  # shorter steps measure the scheduler
 
 _DIGEST_BYTES = 16
 _DIGEST_PERSON = b"mapreduce/map/1"  # at most 16 bytes, blake2b's limit
@@ -88,6 +91,37 @@ def partition(
         segments.append(Segment(miner, offset, length))
         offset += length
     return tuple(segments)
+
+
+def rebalance(
+    weights: Sequence[int], lengths: Sequence[int], times_us: Sequence[int]
+) -> tuple[int, ...]:
+    """Return the miners' weights for the next step, from what this step took. In exact arithmetic.
+
+    `lengths` are the segments' bytes and `times_us` the microseconds each took, by miner; a miner
+    without bytes or without a time was not measured and keeps its weight. The others share theirs
+    in proportion to bytes over time: at once, if the slowest segment took `JUMP_RATIO` times as
+    long as all would have taken had they ended together; else a quarter of the way, for times
+    scatter, and weights that follow every step would cost more than they gain. Steps of less than
+    `MIN_MEASURED_US` change nothing. Weights should be large (`EQUAL_WEIGHT`): they are rounded.
+    """
+    rates = [
+        length * 1_000_000 // time if time > 0 else 0
+        for length, time in zip(lengths, times_us, strict=True)
+    ]
+    measured = [miner for miner, rate in enumerate(rates) if rate > 0]
+    slowest = max((times_us[miner] for miner in measured), default=0)
+    if len(measured) < 2 or slowest < MIN_MEASURED_US:
+        return tuple(weights)
+    shared = sum(weights[miner] for miner in measured)
+    total_rate = sum(rates)
+    together = Fraction(1_000_000 * sum(lengths[miner] for miner in measured), total_rate)
+    jump = slowest > JUMP_RATIO * together
+    new = list(weights)
+    for miner in measured:
+        earned = shared * rates[miner] // total_rate
+        new[miner] = max(1, earned if jump else (3 * weights[miner] + earned) // 4)
+    return tuple(new)
 
 
 def map_digest(segments: Sequence[Segment]) -> bytes:

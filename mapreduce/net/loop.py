@@ -51,9 +51,18 @@ class LoopThread:
         """Runs the coroutine on the loop and returns what it returns.
 
         If Ctrl+C arrives meanwhile, `on_interrupt` is called on the loop and the coroutine gets a
-        short time to end in good order, before KeyboardInterrupt goes on.
+        short time to end in good order, before KeyboardInterrupt goes on. However it ends, it has
+        done with the caller's memory by then.
         """
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        ended = threading.Event()
+
+        async def run() -> Result:
+            try:
+                return await coroutine
+            finally:
+                ended.set()
+
+        future = asyncio.run_coroutine_threadsafe(run(), self._loop)
         try:
             return future.result()
         except BaseException:
@@ -62,6 +71,7 @@ class LoopThread:
                     self._loop.call_soon_threadsafe(on_interrupt)
                     concurrent.futures.wait([future], timeout=INTERRUPT_GRACE_S)
                 future.cancel()
+            ended.wait(INTERRUPT_GRACE_S)
             raise
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from aiohttp import web
 
 from mapreduce.errors import BadFrame, Unavailable
 from mapreduce.net.client import Remote, raise_refusal
+from mapreduce.net.send_queue import SendQueue
 from mapreduce.wire.bodies import NONCE_BYTES, encode_text
 from mapreduce.wire.frames import FrameReader, Header, Kind, encode_frame
 from mapreduce.wire.messages import MAX_MESSAGE_BYTES
@@ -39,7 +40,7 @@ class StreamOwner(Protocol):
     """What a stream calls, always from the event loop and never from inside `write`."""
 
     def stream_received(self, stream: FrameStream) -> None:
-        """Bytes were read; frames may have come."""
+        """A frame has come."""
         ...
 
     def stream_writable(self, stream: FrameStream) -> None:
@@ -54,8 +55,9 @@ class StreamOwner(Protocol):
 class FrameStream(asyncio.BufferedProtocol):
     """One stream's protocol. `index` is whatever its owner knows it by.
 
-    `write` takes one piece at a time and is called only while `writable`: then the transport holds
-    no bytes of ours, and a buffer is free again as soon as the stream is writable again. On asyncio
+    `write` is called only while `writable`: then the transport holds no bytes of ours, and a buffer
+    is free again as soon as the stream is writable again. `queue` is what the kernel holds, once
+    the stream is open. On asyncio
     the transport copies what the socket did not take at once, uvloop keeps the view; both let go of
     it before they call `resume_writing`.
     """
@@ -68,6 +70,7 @@ class FrameStream(asyncio.BufferedProtocol):
         self._reader = reader
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
+        self.queue: SendQueue | None = None
         self._replaced: asyncio.BaseProtocol | None = None
         self._waste = memoryview(bytearray(4096))
         self._failure: str | None = None
@@ -85,10 +88,10 @@ class FrameStream(asyncio.BufferedProtocol):
         self.connection_made(transport)
         transport.resume_reading()  # aiohttp pauses while its handler runs
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Sends one piece; `writable` tells whether it has left already."""
+    def write(self, *pieces: bytes | memoryview) -> None:
+        """Sends pieces in one go; `writable` tells whether all have left already."""
         assert self._transport is not None
-        self._transport.write(data)
+        self._transport.writelines(pieces)
         self.writable = self._transport.get_write_buffer_size() == 0
 
     def close(self, reason: str) -> None:
@@ -122,6 +125,7 @@ class FrameStream(asyncio.BufferedProtocol):
         self._transport = cast("asyncio.Transport", transport)
         # Pause at the first byte that the socket does not take, resume when the last one has left.
         self._transport.set_write_buffer_limits(high=0)
+        self.queue = SendQueue(self._transport)
         self.writable = True
         self.last_read = self._loop.time()
 
@@ -138,11 +142,12 @@ class FrameStream(asyncio.BufferedProtocol):
             return
         self.last_read = self._loop.time()
         try:
-            self._reader.buffer_updated(nbytes)
+            complete = self._reader.buffer_updated(nbytes)
         except BadFrame as error:
             self._refuse(error)
             return
-        self._owner.stream_received(self)
+        if complete:
+            self._owner.stream_received(self)
 
     def pause_writing(self) -> None:
         self.writable = False

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mapreduce.errors import Refused
+from mapreduce.net.send_queue import MEASURE_S
 from mapreduce.net.stream import FrameStream, Hello, serve_stream
 from mapreduce.wire.frames import FrameReader, Header
 from mapreduce.wire.miner_session import MinerSession
@@ -45,6 +46,8 @@ class MinerJob:
         self._streams: dict[int, FrameStream] = {}
         self._awaited = set(range(self.terms.peer_count))
         self._closing = False
+        self._pump_due = False
+        self._measuring: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._reserved_at = self._loop.time()
         self._expires_at = grant.expires_at
@@ -100,7 +103,9 @@ class MinerJob:
     # StreamOwner --------------------------------------------------------------------------------
 
     def stream_received(self, stream: FrameStream) -> None:
-        self._pump()
+        if not self._pump_due:  # once for all frames that the loop finds in one go
+            self._pump_due = True
+            self._loop.call_soon(self._pump)
 
     def stream_writable(self, stream: FrameStream) -> None:
         self.session.output_done(stream.index)
@@ -120,12 +125,15 @@ class MinerJob:
             self._end()
 
     def _pump(self) -> None:
-        """Writes what the session has for the peers whose sockets take it, until nothing moves."""
-        session = self.session
+        """Reduces what has come and writes what the session has, to the peers whose sockets take
+        it, until nothing moves. Like the peers, every miner begins its round with another one."""
+        self._pump_due = False
+        session, count = self.session, self.terms.peer_count
+        session.reduce()
         moved = True
         while moved:
             moved = False
-            for rank in tuple(session.ready):
+            for rank in sorted(session.ready, key=lambda r: (r - session.segment) % count):
                 stream = self._streams.get(rank)
                 while stream is not None and stream.writable:
                     piece = session.next_output(rank)
@@ -135,6 +143,22 @@ class MinerJob:
                     moved = True
                     if stream.writable:
                         session.output_done(rank)
+            if moved:
+                session.reduce()  # the ring may have room again
+        if session.busy and self._measuring is None:
+            self._measure_queues()
+
+    def _measure_queues(self) -> None:
+        """While a step is under way: lets the send buffers follow what the links carry."""
+        self._measuring = None
+        now = time.perf_counter()
+        for stream in self._streams.values():
+            if stream.queue is not None:
+                stream.queue.measure(now)
+                if not self.session.busy:
+                    stream.queue.rest()
+        if self.session.busy:
+            self._measuring = self._loop.call_later(MEASURE_S, self._measure_queues)
 
     # Time ---------------------------------------------------------------------------------------
 
@@ -163,4 +187,6 @@ class MinerJob:
         if not self.ended:
             self.ended = True
             self._watch.cancel()
+            if self._measuring is not None:
+                self._measuring.cancel()
             self._on_end(self)

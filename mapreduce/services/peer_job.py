@@ -24,12 +24,13 @@ from mapreduce.errors import (
 )
 from mapreduce.net.auth import sign_request
 from mapreduce.net.client import Remote, call
+from mapreduce.net.send_queue import MEASURE_S
 from mapreduce.net.stream import FrameStream, connect_stream
 from mapreduce.services.grants import read_grant
 from mapreduce.services.step_report import StepReport, measure
 from mapreduce.wire.messages import Accepted, Grant, Report, ReportAnswer, SignedGrant
 from mapreduce.wire.peer_session import MinerName, PeerSession
-from mapreduce.wire.peer_step import Phase, Step
+from mapreduce.wire.peer_step import Phase, Step, Target
 from mapreduce.wire.schedule import frame_bytes_for
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ class PeerJob:
             for miner in grant.miners
         ]
         names = [MinerName(miner.uid, miner.hotkey) for miner in grant.miners]
-        self.session = PeerSession(grant.terms, rank, names)
+        # Not the loop's clock: uvloop's counts whole milliseconds.
+        self.session = PeerSession(grant.terms, rank, names, time.perf_counter)
         self.last_step: StepReport | None = None
         self._http = http
         self._validator = validator
@@ -88,6 +90,8 @@ class PeerJob:
         self._committed_step = 0
         self._loss_report: asyncio.Task[object] | None = None
         self._closing = False
+        self._pump_due = False
+        self._measuring: asyncio.TimerHandle
 
     # Opening and closing ------------------------------------------------------------------------
 
@@ -151,14 +155,15 @@ class PeerJob:
         root: int = 0,
         tensor: TensorSpec | None,
         source: memoryview | None,
-        allocate: Callable[[int], memoryview],
+        allocate: Callable[[int], Target] | None,
         enter_timeout_s: float,
         timeout_s: float | None = None,
     ) -> Step:
         """Runs one collective to its commit; see `PeerSession.begin` for the arguments.
 
         `enter_timeout_s` bounds the wait for ranks that have not entered, `timeout_s` the whole
-        step. Raises StepFailed or Unavailable; the source is untouched and nobody has the result.
+        step. Raises StepFailed or Unavailable; memory is as it was before and nobody has the
+        result.
         """
         self.session.check_open()
         started, started_at = self._loop.time(), time.perf_counter()
@@ -171,11 +176,14 @@ class PeerJob:
             self._leave(str(error))  # other ranks may not know: without us no step can end
             raise
         self._pump()
+        self._measure_queues()
         try:
             await self._wait(step, started, enter_timeout_s, timeout_s)
-        except asyncio.CancelledError:
-            self.abort("the caller gave up")
-            raise
+        finally:
+            self.session.give_up("the caller gave up")  # unless it is over
+            self._pump()
+            self._rest_queues()
+            step.release()
         if step.phase is Phase.COMMITTED:
             self._committed_step = step.number
         if self.session.lost and not isinstance(step.error, StepInDoubt):
@@ -183,8 +191,7 @@ class PeerJob:
             await self._report(step, "failed" if step.error else "committed")
         if step.error is not None:
             raise step.error
-        # Not the loop's clock: uvloop's counts whole milliseconds.
-        self._measure(step, time.perf_counter() - started_at)
+        self.last_step = measure(step, self.grant.miners, time.perf_counter() - started_at)
         return step
 
     def abort(self, reason: str) -> bool:
@@ -268,19 +275,34 @@ class PeerJob:
             "waiting_for_ranks": [rank + 1 for rank in step.waiting_for],
         }
 
-    def _measure(self, step: Step, seconds: float) -> None:
-        report = self.last_step = measure(step, self.grant.miners, seconds)
-        if report.bytes_up:
-            rate = report.bytes_up / seconds
+    def _measure_queues(self) -> None:
+        """While a step is under way: lets send buffers and frames follow what the links carry."""
+        now = time.perf_counter()
+        rate = 0.0
+        for stream in self._streams.values():
+            if stream.queue is not None:
+                stream.queue.measure(now)
+                rate += stream.queue.bytes_per_s
+        if rate > 0:
             self.session.frame_bytes = frame_bytes_for(rate, self.grant.frame_bytes)
+        self._measuring = self._loop.call_later(MEASURE_S, self._measure_queues)
+
+    def _rest_queues(self) -> None:
+        self._measuring.cancel()
+        for stream in self._streams.values():
+            if stream.queue is not None:
+                stream.queue.rest()
 
     # Streams ------------------------------------------------------------------------------------
 
     def stream_received(self, stream: FrameStream) -> None:
-        self._pump()
         self._wake()
+        if not self._pump_due:  # once for all frames that the loop finds in one go
+            self._pump_due = True
+            self._loop.call_soon(self._pump)
 
     def stream_writable(self, stream: FrameStream) -> None:
+        self.session.flushed(stream.index)
         self._pump()
 
     def stream_lost(self, stream: FrameStream, reason: str) -> None:
@@ -305,25 +327,33 @@ class PeerJob:
 
     def _pump(self, patient: bool = True) -> None:
         """Writes what the session has: control at once, data as the schedule says."""
+        self._pump_due = False
         session = self.session
-        for miner, stream in tuple(self._streams.items()):
-            while stream.writable and (frame := session.next_control(miner)) is not None:
-                stream.write(frame)
+        for miner in tuple(session.ready):
+            self._write_control(miner)
         sent = False
         while (upload := session.next_upload(self._writable, patient=patient)) is not None:
             miner, header, payload = upload
             stream = self._streams[miner]
-            stream.write(header)
-            stream.write(payload)
+            stream.write(header, payload)
+            if stream.writable:
+                session.flushed(miner)
+            self._write_control(miner)  # CLOSE right behind the last DATA
             sent = True
-            while stream.writable and (frame := session.next_control(miner)) is not None:
-                stream.write(frame)  # CLOSE right behind the last DATA
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
         step = session.step
         if not sent and patient and step is not None and step.uploading:
             self._patience = self._loop.call_later(PATIENCE_S, self._pump, False)
+
+    def _write_control(self, miner: int) -> None:
+        stream = self._streams.get(miner)
+        while stream is not None and stream.writable:
+            frame = self.session.next_control(miner)
+            if frame is None:
+                break
+            stream.write(frame)
 
     def _ping(self, miners: tuple[int, ...]) -> None:
         for miner in miners:

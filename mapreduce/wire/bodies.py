@@ -1,7 +1,7 @@
 """Bodies of the control frames. Knows their bytes and limits; knows nothing of sessions or sockets.
 
-Every body starts with a version byte, so that a later protocol can put more into it. CLOSE,
-CERTIFICATE, ACK and COMMIT carry nothing else yet: their place is that of the signed commitments.
+Every body starts with a version byte, so that a later protocol can put more into it. CLOSE and
+CERTIFICATE carry nothing else yet: their place is that of the signed commitments.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mapreduce.wire.terms import MAX_PEERS
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-BODY_VERSION = 1
+BODY_VERSION = 2
 EMPTY_BODY = bytes([BODY_VERSION])
 NONCE_BYTES = 32
 MAP_DIGEST_BYTES = 16
@@ -31,9 +31,12 @@ MAX_DIFFERENCES = 8  # arguments of a collective that ranks can disagree on
 MAX_VALUE_CHARS = 512
 MAX_NAME_CHARS = 64
 
-_OPEN = struct.Struct("<BBBBHH16s")
+_OPEN = struct.Struct("<BBBBHHQ16s")
 _HAS_TENSOR = 1
 _PROGRESS = struct.Struct("<BBH")
+_ACK = struct.Struct("<BI")
+_COMMIT = struct.Struct("<BH")
+MAX_SEGMENT_US = (1 << 32) - 1
 
 
 def _check_version(kind: str, body: memoryview, minimum: int) -> None:
@@ -69,12 +72,13 @@ class Open:
 
     `tensor` is None for a rank that receives a broadcast and does not know what comes; `root` is
     the index of the rank that sends it, 0 in an all-reduce. `map_digest` identifies the cut into
-    segments.
+    segments, of which the receiver's own has `segment_bytes`.
     """
 
     op: ReduceOp
     root: int = 0
     tensor: TensorSpec | None
+    segment_bytes: int = 0
     map_digest: bytes = bytes(MAP_DIGEST_BYTES)
 
     def encode(self) -> bytes:
@@ -87,13 +91,14 @@ class Open:
             0 if tensor is None else _HAS_TENSOR,
             self.root,
             len(shape),
+            self.segment_bytes,
             self.map_digest,
         ) + struct.pack(f"<{len(shape)}Q", *shape)
 
     @classmethod
     def decode(cls, body: memoryview) -> Open:
         _check_version("OPEN", body, _OPEN.size)
-        _, op, dtype, flags, root, ndim, digest = _OPEN.unpack_from(body)
+        _, op, dtype, flags, root, ndim, segment_bytes, digest = _OPEN.unpack_from(body)
         if ndim > MAX_DIMENSIONS or len(body) != _OPEN.size + 8 * ndim:
             raise BadFrame(f"OPEN body of {len(body)} bytes does not hold {ndim} dimensions")
         try:
@@ -101,7 +106,13 @@ class Open:
             if flags & _HAS_TENSOR:
                 shape = struct.unpack_from(f"<{ndim}Q", body, _OPEN.size)
                 tensor = TensorSpec(dtype=DType(dtype), shape=shape)
-            return cls(op=ReduceOp(op), root=root, tensor=tensor, map_digest=bytes(digest))
+            return cls(
+                op=ReduceOp(op),
+                root=root,
+                tensor=tensor,
+                segment_bytes=segment_bytes,
+                map_digest=bytes(digest),
+            )
         except (ValueError, UnsupportedTensor) as error:
             raise BadFrame(f"OPEN names what this side does not know: {error}") from None
 
@@ -117,13 +128,55 @@ def compare_opens(opens: list[Open]) -> dict[str, dict[int, str]]:
         "root": lambda o: f"rank {o.root + 1}",
         "dtype": lambda o: o.tensor.dtype.label if o.tensor else None,
         "shape": lambda o: str(tuple(o.tensor.shape)) if o.tensor else None,
+        "segments": lambda o: (
+            f"{o.segment_bytes} bytes of map {o.map_digest.hex()}" if o.tensor else None
+        ),
     }
     differences = {}
     for name, read in fields.items():
         said = {rank: text for rank, o in enumerate(opens) if (text := read(o)) is not None}
         if len(set(said.values())) > 1:
             differences[name] = said
+    if len(differences) > 1:
+        differences.pop("segments", None)  # other tensors are cut otherwise
     return differences
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ack:
+    """A rank holds the whole result. `segment_us` is how long this miner's segment took it, in
+    microseconds from the step's first result to the segment's last; 0 if that says nothing."""
+
+    segment_us: int = 0
+
+    def encode(self) -> bytes:
+        return _ACK.pack(BODY_VERSION, min(self.segment_us, MAX_SEGMENT_US))
+
+    @classmethod
+    def decode(cls, body: memoryview) -> Ack:
+        _check_version("ACK", body, _ACK.size)
+        if len(body) != _ACK.size:
+            raise BadFrame(f"ACK body of {len(body)} bytes: {_ACK.size} are expected")
+        return cls(segment_us=_ACK.unpack(body)[1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """Every rank has acknowledged; `segment_us` is what each of them, in rank order, said."""
+
+    segment_us: tuple[int, ...]
+
+    def encode(self) -> bytes:
+        count = len(self.segment_us)
+        return _COMMIT.pack(BODY_VERSION, count) + struct.pack(f"<{count}I", *self.segment_us)
+
+    @classmethod
+    def decode(cls, body: memoryview, peer_count: int) -> Commit:
+        _check_version("COMMIT", body, _COMMIT.size)
+        count = _COMMIT.unpack_from(body)[1]
+        if count != peer_count or len(body) != _COMMIT.size + 4 * count:
+            raise BadFrame(f"COMMIT body of {len(body)} bytes does not hold {peer_count} ranks")
+        return cls(segment_us=struct.unpack_from(f"<{count}I", body, _COMMIT.size))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -155,21 +155,24 @@ class FrameReader:
             return self._payload_buffer(header, self._received)
         return self._body_view[self._received : header.length]
 
-    def buffer_updated(self, nbytes: int) -> None:
+    def buffer_updated(self, nbytes: int) -> bool:
+        """Takes note of bytes in the last buffer; returns whether they completed a frame."""
         self._received += nbytes
         header = self._header
         if header is None:
             if self._received < HEADER_BYTES:
-                return
+                return False
             header = self._header = Header.decode(self._header_view)
             self._received = 0
             if header.kind not in _BULK and len(self._body_view) < header.length:
                 self._body_view = memoryview(bytearray(header.length))
-        if self._received == header.length:
-            self._header = None
-            self._received = 0
-            bulk = header.kind in _BULK
-            self._frame_received(header, self._body_view[: 0 if bulk else header.length])
+        if self._received < header.length:
+            return False
+        self._header = None
+        self._received = 0
+        bulk = header.kind in _BULK
+        self._frame_received(header, self._body_view[: 0 if bulk else header.length])
+        return True
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """The same for bytes that are already somewhere: copies them in."""

@@ -22,15 +22,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mapreduce.core.partition import BLOCK_BYTES, Segment, map_digest, partition
+from mapreduce.core.partition import BLOCK_BYTES
 from mapreduce.core.reduce import ReduceOp, check_reducible
 from mapreduce.errors import BadFrame, UnsupportedTensor
 from mapreduce.wire.bodies import (
     EMPTY_BODY,
     Abort,
+    Ack,
+    Commit,
     Open,
     Progress,
-    TensorSpec,
     check_empty,
     decode_text,
 )
@@ -60,9 +61,10 @@ class _Stream:
 class MinerSession:
     """One job at one miner.
 
-    Feed it with `attach`, `detach` and the frames of each rank (through `reader(rank)`); after each
-    call write what `next_output(rank)` gives for every rank in `ready`, one piece at a time, and
-    call `output_done(rank)` when the transport no longer needs that piece. Raises BadFrame on a
+    Feed it with `attach`, `detach` and the frames of each rank (through `reader(rank)`); then call
+    `reduce` (once for many frames: longer runs cost less), write what `next_output(rank)` gives for
+    every rank in `ready`, one piece at a time, and call `output_done(rank)` when the transport no
+    longer needs that piece. Raises BadFrame on a
     protocol violation by the rank whose frame it is; the caller then closes that stream and calls
     `detach`.
     """
@@ -105,7 +107,6 @@ class MinerSession:
         step = self._step
         if step is not None and rank not in step.acked:
             self._abort(step, self._lost_abort(rank, reason))
-        self._reduce()  # a lagging reader may just have given the ring back
 
     @property
     def attached(self) -> int:
@@ -144,7 +145,6 @@ class MinerSession:
             stream.in_hand = None
             if stream.results:
                 self.ready.add(rank)
-            self._reduce()
 
     def _send(self, rank: int, header: Header, body: bytes = b"") -> None:
         stream = self._streams[rank]
@@ -194,15 +194,13 @@ class MinerSession:
                 step = self._live_step(rank, header)
                 if step is not None:
                     step.received[rank] += header.length
-                    self._reduce()
             case Kind.OPEN:
                 self._opened(rank, header, Open.decode(body))
             case Kind.CLOSE:
                 check_empty("CLOSE", body)
                 self._closed(rank, header)
             case Kind.ACK:
-                check_empty("ACK", body)
-                self._acked(rank, header)
+                self._acked(rank, header, Ack.decode(body))
             case Kind.ABORT:
                 self._aborted_by(rank, header, Abort.decode(body))
             case Kind.PING:
@@ -236,7 +234,7 @@ class MinerSession:
         stream, number = self._streams[rank], header.step
         if number <= stream.entered:
             raise BadFrame(f"OPEN of step {number} after step {stream.entered}")
-        length = self._segment_length(rank, number, opened)
+        length = self._segment_length(rank, opened)
         stream.entered = number
         step = self._step
         if step is not None and step.number < number and step.opens[rank] is not None:
@@ -264,7 +262,7 @@ class MinerSession:
             if len(step.entered()) == self.terms.peer_count:
                 self._agree(step)
 
-    def _segment_length(self, rank: int, number: int, opened: Open) -> int:
+    def _segment_length(self, rank: int, opened: Open) -> int:
         """Bytes of this miner's segment in the tensor that the rank opened with, 0 if it has
         none."""
         if opened.root >= self.terms.peer_count:
@@ -281,14 +279,10 @@ class MinerSession:
                 check_reducible(opened.op, tensor.dtype)
             except UnsupportedTensor as error:
                 raise BadFrame(f"OPEN of a step no miner can reduce: {error}") from None
-        segments = self._segments(number, tensor)
-        if map_digest(segments) != opened.map_digest:
-            raise BadFrame("OPEN cuts the tensor into other segments than this miner does")
-        return segments[self.segment].length
-
-    def _segments(self, number: int, tensor: TensorSpec) -> tuple[Segment, ...]:
-        count = self.terms.miner_count
-        return partition(tensor.nbytes, count, first=number % count)
+        length = opened.segment_bytes
+        if length > tensor.nbytes or length % tensor.dtype.itemsize:
+            raise BadFrame(f"OPEN of a segment of {length} bytes in {tensor.nbytes}")
+        return length
 
     def _agree(self, step: MinerStep) -> None:
         """Every rank is in: compares what they said, and starts reducing or fails the step on all
@@ -303,7 +297,6 @@ class MinerSession:
             assert opened is not None
             for rank in step.readers:
                 self._send_step(rank, Kind.OPEN, step.number, opened.encode())
-        self._reduce()
 
     def _closed(self, rank: int, header: Header) -> None:
         step = self._live_step(rank, header)
@@ -312,20 +305,21 @@ class MinerSession:
         if step.received[rank] != step.lengths[rank] or rank in step.closed:
             raise BadFrame(f"CLOSE after {step.received[rank]} of {step.lengths[rank]} bytes")
         step.closed.add(rank)
-        self._reduce()
 
-    def _acked(self, rank: int, header: Header) -> None:
+    def _acked(self, rank: int, header: Header, ack: Ack) -> None:
         step = self._live_step(rank, header)
         if step is None:
             return
         if not step.certified or rank in step.acked:
             raise BadFrame("ACK of a segment that has no certificate yet")
-        step.acked.add(rank)
+        step.acked[rank] = ack.segment_us
         if len(step.acked) == self.terms.peer_count:
             self._step = None
             self.committed_steps += 1
-            for reader in range(self.terms.peer_count):
-                self._send_step(reader, Kind.COMMIT, step.number, EMPTY_BODY)
+            everyone = range(self.terms.peer_count)
+            body = Commit(segment_us=tuple(step.acked[rank] for rank in everyone)).encode()
+            for reader in everyone:
+                self._send_step(reader, Kind.COMMIT, step.number, body)
 
     def _pinged(self, rank: int) -> None:
         step = self._step
@@ -342,9 +336,9 @@ class MinerSession:
 
     # Reducing -------------------------------------------------------------------------------------
 
-    def _reduce(self) -> None:
+    def reduce(self) -> None:
         """Reduces the longest prefix that all contributors have sent, as far as the output ring has
-        room."""
+        room; certifies the segment when that was all."""
         step = self._step
         if step is None or step.reducer is None or step.certified:
             return

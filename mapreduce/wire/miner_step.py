@@ -23,7 +23,7 @@ class MinerStep:
         self.lengths = [0] * peer_count  # of the segment, as each rank's own OPEN cuts it
         self.received = [0] * peer_count
         self.closed: set[int] = set()
-        self.acked: set[int] = set()
+        self.acked: dict[int, int] = {}  # rank -> microseconds that the segment took it
         # Set once every rank has opened and all agree.
         self.reducer: Reducer | None = None
         self.tensor: TensorSpec | None = None

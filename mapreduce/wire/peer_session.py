@@ -5,19 +5,24 @@ Knows how a step goes from OPEN to COMMIT, credit, the result buffer, and what e
 for the caller. Does not know sockets, time, torch or the validator. Everything that changes the
 state of a job at a peer is in this file.
 
-The input is only read and the result goes to another buffer, so that whatever happens the caller's
-tensor is whole. A rank acknowledges to all miners at once, when it holds the whole result; from
-then on it may not abort alone, and the commit of any miner proves that every rank holds the result.
+The result may overwrite the input, whose bytes are kept aside until the step is over: if it fails
+they come back, so that whatever happens the caller's tensor is whole. A rank acknowledges to all
+miners at once, when it holds the whole result; from then on it may not abort alone, and the commit
+of any miner proves that every rank holds the result.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mapreduce.core.partition import map_digest, partition
+from mapreduce.core.partition import (
+    EQUAL_WEIGHT,
+    map_digest,
+    partition,
+)
 from mapreduce.core.reduce import ReduceOp
 from mapreduce.errors import (
     BadFrame,
@@ -33,6 +38,8 @@ from mapreduce.errors import (
 from mapreduce.wire.bodies import (
     EMPTY_BODY,
     Abort,
+    Ack,
+    Commit,
     Open,
     Progress,
     TensorSpec,
@@ -40,7 +47,7 @@ from mapreduce.wire.bodies import (
     decode_text,
 )
 from mapreduce.wire.frames import REPLY, FrameReader, Header, Kind, encode_frame
-from mapreduce.wire.peer_step import Phase, Step
+from mapreduce.wire.peer_step import Phase, Step, Target
 from mapreduce.wire.schedule import FIRST_FRAME_BYTES, next_upload
 
 if TYPE_CHECKING:
@@ -60,26 +67,36 @@ class MinerName:
 
 
 class PeerSession:
-    """One job at one peer; `rank` is an index from 0.
+    """One job at one peer; `rank` is an index from 0, `clock` gives seconds from any start.
 
     Feed it with `begin`, `miner_lost` and the frames of each miner (through `reader(miner)`); then
-    write what `next_control` and `next_upload` give. `step.phase` says when the collective is over.
-    Raises BadFrame, with the miner's name, on a protocol violation by that miner; the caller then
-    closes the stream and calls `miner_lost`.
+    write what `next_control` gives for every miner in `ready`, and what `next_upload` gives, and
+    tell `flushed` when a miner's transport holds nothing any more. `step.phase` says when the
+    collective is over. Raises BadFrame, with the miner's name, on a protocol violation by that
+    miner; the caller then closes the stream and calls `miner_lost`.
     """
 
-    def __init__(self, terms: Terms, rank: int, miners: Sequence[MinerName]) -> None:
+    def __init__(
+        self,
+        terms: Terms,
+        rank: int,
+        miners: Sequence[MinerName],
+        clock: Callable[[], float],
+    ) -> None:
         assert len(miners) == terms.miner_count
         self.terms = terms
         self.rank = rank
         self.miners = tuple(miners)
+        self.ready: set[int] = set()
+        self.weights = (EQUAL_WEIGHT,) * terms.miner_count
         self.frame_bytes = min(FIRST_FRAME_BYTES, terms.frame_bytes)
         self.step: Step | None = None
+        self._clock = clock
         self._number = 0
         self._control: list[deque[bytes]] = [deque() for _ in miners]
         self._lost: dict[int, str] = {}
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
-        self._allocate: Callable[[int], memoryview] | None = None
+        self._allocate: Callable[[int], Target] | None = None
 
     # Steps ----------------------------------------------------------------------------------------
 
@@ -90,16 +107,17 @@ class PeerSession:
         root: int = 0,
         tensor: TensorSpec | None,
         source: memoryview | None,
-        allocate: Callable[[int], memoryview],
+        allocate: Callable[[int], Target] | None,
     ) -> Step:
         """Enters the next collective.
 
         Args:
             op: what to do; BROADCAST sends from `root`, the index of a rank.
             tensor: dtype and shape; None for a rank that receives a broadcast and does not know
-            them. source: the contiguous bytes to contribute, None for a rank that only receives.
-            Not written to. allocate: called with the number of bytes for the result, before any
-            result may arrive.
+                them.
+            source: the contiguous bytes to contribute, None for a rank that only receives.
+            allocate: called with the number of bytes for where the result goes, before any result
+                may arrive; it may be the memory of `source`. None at the root of a broadcast.
 
         Raises:
             MinerLost: the job has lost a miner before.
@@ -112,19 +130,20 @@ class PeerSession:
         step.source = source
         self.step = step
         self._allocate = allocate
-        digest = bytes(16)
+        opened = Open(op=op, root=root, tensor=tensor)
         if tensor is not None:
             self._plan(step, tensor)
-            digest = map_digest(step.segments)
+            opened = replace(opened, map_digest=map_digest(step.segments))
         first = step.number % self.terms.miner_count
         step.involved = tuple(
             miner
             for miner in range(self.terms.miner_count)
             if op is ReduceOp.BROADCAST or miner == first or step.segments[miner].length
         )
-        opened = Open(op=op, root=root, tensor=tensor, map_digest=digest).encode()
         for miner in step.involved:
-            self._send(miner, Kind.OPEN, opened)
+            if tensor is not None:
+                opened = replace(opened, segment_bytes=step.segments[miner].length)
+            self._send(miner, Kind.OPEN, opened.encode())
             if source is not None:
                 step.uploads[miner].length = step.segments[miner].length
                 self._close_if_sent(step, miner)
@@ -134,10 +153,11 @@ class PeerSession:
         """Fixes the cut of the step and, unless this rank is the root, where the result goes."""
         count = self.terms.miner_count
         step.tensor = tensor
-        step.segments = partition(tensor.nbytes, count, first=step.number % count)
+        first = step.number % count
+        step.segments = partition(tensor.nbytes, count, first=first, weights=self.weights)
         if step.op is not ReduceOp.BROADCAST or step.root != self.rank:
             assert self._allocate is not None
-            step.result = self._allocate(tensor.nbytes)
+            step.target = self._allocate(tensor.nbytes)
 
     def abort(self, code: str, message: str, error: MapReduceError) -> bool:
         """Gives the step up with `error`. False if this rank has acknowledged and is bound to
@@ -148,6 +168,16 @@ class PeerSession:
         self._fail(step, error, Abort(code=code, message=message, rank=self.rank))
         return True
 
+    def give_up(self, message: str) -> None:
+        """Ends the step here because nobody waits for it any more, even if this rank is bound:
+        then its tensor is as it was, and other ranks may hold the result."""
+        step = self.step
+        if step is None or step.done:
+            return
+        error = JobClosed(f"step {step.number} was given up: {message}")
+        if not self.abort("peer_abort", message, error):
+            step.fail(error)
+
     def resolve(self, committed: bool | None) -> None:
         """Ends a step that is in doubt: committed or not, None if nobody knows."""
         step = self.step
@@ -157,15 +187,14 @@ class PeerSession:
             step.phase = Phase.COMMITTED
             return
         miner, reason = next(iter(self._lost.items()))
-        step.phase = Phase.FAILED
-        lost = self._miner_lost_error(miner, reason)
-        step.error = lost
+        lost: MapReduceError = self._miner_lost_error(miner, reason)
         if committed is None:
-            step.error = StepInDoubt(
+            lost = StepInDoubt(
                 f"step {step.number}: {lost}; every rank had acknowledged, and nobody reachable "
                 "knows whether the step was committed: other ranks may hold its result, this "
                 "tensor is untouched"
             )
+        step.fail(lost)
 
     def miner_lost(self, miner: int, reason: str) -> None:
         """The stream to this miner is gone, for the rest of the job. Idempotent."""
@@ -173,6 +202,7 @@ class PeerSession:
             return
         self._lost[miner] = reason
         self._control[miner].clear()
+        self.ready.discard(miner)
         step = self.step
         if step is None or step.done or miner not in step.involved:
             return
@@ -195,7 +225,17 @@ class PeerSession:
 
     def next_control(self, miner: int) -> bytes | None:
         """The next control frame for a miner; goes before any data."""
-        return self._control[miner].popleft() if self._control[miner] else None
+        queue = self._control[miner]
+        frame = queue.popleft() if queue else None
+        if not queue:
+            self.ready.discard(miner)
+        return frame
+
+    def flushed(self, miner: int) -> None:
+        """The miner's transport holds no byte of ours any more: the input may be overwritten."""
+        if self.step is not None:
+            upload = self.step.uploads[miner]
+            upload.flushed = upload.sent
 
     def next_upload(
         self, writable: Callable[[int], bool], *, patient: bool
@@ -212,8 +252,8 @@ class PeerSession:
             step.uploads,
             rank=self.rank,
             window_bytes=self.terms.window_bytes,
-            frame_bytes=self.frame_bytes,
-            writable=lambda miner: not self._control[miner] and writable(miner),
+            frame_bytes=step.frame_bytes(self.frame_bytes, self.terms.frame_bytes),
+            writable=lambda miner: miner not in self.ready and writable(miner),
             patient=patient,
         )
         if chosen is None:
@@ -249,6 +289,7 @@ class PeerSession:
             length=len(body),
         )
         self._control[miner].append(encode_frame(header, body))
+        self.ready.add(miner)
 
     # Input ----------------------------------------------------------------------------------------
 
@@ -267,23 +308,23 @@ class PeerSession:
         missing = header.length - received
         if step is None:
             return self._scratch[:missing]
-        if step.result is None or not step.segments:
+        if step.target is None:
             raise self._bad(miner, "RESULT before the step it belongs to is known")
-        segment = step.segments[miner]
-        if received == 0 and (
-            header.offset != step.received[miner]
-            or header.offset + header.length > segment.length
-            or (
-                step.source is not None and header.offset + header.length > step.uploads[miner].sent
-            )
-        ):
+        if received == 0:
+            self._check_result(step, miner, header)
+        return step.place(miner, header.offset, header.offset + header.length)[received:]
+
+    def _check_result(self, step: Step, miner: int, header: Header) -> None:
+        """Raises BadFrame unless this RESULT continues the segment, by bytes that have been sent:
+        it may go where they still are."""
+        length, end = step.segments[miner].length, header.offset + header.length
+        most = length if step.source is None else step.uploads[miner].flushed
+        if header.offset != step.received[miner] or end > min(length, most):
             raise self._bad(
                 miner,
                 f"RESULT of {header.length} bytes at {header.offset}: {step.received[miner]} of "
-                f"{segment.length} bytes have come, {step.uploads[miner].sent} were sent",
+                f"{length} bytes have come, {step.uploads[miner].flushed} were sent",
             )
-        begin = segment.offset + header.offset + received
-        return step.result[begin : begin + missing]
 
     def frame_received(self, miner: int, header: Header, body: memoryview) -> None:
         """A whole frame of this miner has arrived."""
@@ -308,6 +349,7 @@ class PeerSession:
             case Kind.RESULT:
                 step.received[miner] += header.length
                 step.uploads[miner].released = step.received[miner]
+                step.time_segment(miner, self._clock())
                 self._acknowledge_if_complete(step)
             case Kind.OPEN:
                 self._announced(step, miner, Open.decode(body))
@@ -316,15 +358,17 @@ class PeerSession:
                 if not upload.released <= header.offset <= upload.sent:
                     raise BadFrame(f"CREDIT for {header.offset} of {upload.sent} bytes sent")
                 upload.released = header.offset
+                step.time_segment(miner, self._clock())
             case Kind.CERTIFICATE:
                 check_empty("CERTIFICATE", body)
                 step.certified.add(miner)
                 self._acknowledge_if_complete(step)
             case Kind.COMMIT:
-                check_empty("COMMIT", body)
+                commit = Commit.decode(body, self.terms.peer_count)
                 if step.phase is Phase.RUNNING:
                     raise BadFrame("COMMIT without this rank's acknowledgement")
                 step.committed.add(miner)
+                step.acks[miner] = commit.segment_us
                 self._settle(step)
             case Kind.ABORT:
                 abort = Abort.decode(body)
@@ -359,6 +403,8 @@ class PeerSession:
             self._plan(step, tensor)
         if tensor != step.tensor:
             raise BadFrame(f"OPEN tells of {tensor}, another miner of {step.tensor}")
+        if opened.map_digest != map_digest(step.segments):
+            raise BadFrame("OPEN cuts the tensor into other segments than this rank does")
 
     def _pinged(self, miner: int, header: Header, body: memoryview) -> None:
         if not header.flags & REPLY:
@@ -375,7 +421,7 @@ class PeerSession:
     def _acknowledge_if_complete(self, step: Step) -> None:
         if step.phase is not Phase.RUNNING or len(step.certified) < len(step.involved):
             return
-        if step.result is not None:
+        if step.target is not None:
             if any(step.received[m] < step.segments[m].length for m in step.involved):
                 return
         elif step.source is None:
@@ -384,7 +430,7 @@ class PeerSession:
             raise BadFrame("CERTIFICATE before the whole segment was sent")
         step.phase = Phase.ACKNOWLEDGED
         for miner in step.involved:
-            self._send(miner, Kind.ACK, EMPTY_BODY)
+            self._send(miner, Kind.ACK, Ack(segment_us=step.segment_us[miner]).encode())
         self._settle(step)
 
     def _settle(self, step: Step) -> None:
@@ -396,17 +442,16 @@ class PeerSession:
             return
         if step.committed:
             step.phase = Phase.COMMITTED
+            self.weights = step.next_weights(self.weights)
         elif any(miner in self._lost for miner in step.involved):
             step.phase = Phase.IN_DOUBT
         else:
             miner, abort = next(iter(step.aborted.items()))
-            step.phase = Phase.FAILED
-            step.error = self._error_of(step, abort, miner)
+            step.fail(self._error_of(step, abort, miner))
 
     def _fail(self, step: Step, error: MapReduceError, abort: Abort) -> None:
         """Ends a running step here and tells every miner, which tells every rank."""
-        step.phase = Phase.FAILED
-        step.error = error
+        step.fail(error)
         body = abort.encode()
         for miner in step.involved:
             self._send(miner, Kind.ABORT, body)

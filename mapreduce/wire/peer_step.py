@@ -4,8 +4,10 @@ session."""
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mapreduce.core.partition import MIN_SEGMENT_BYTES, rebalance
 from mapreduce.wire.bodies import Abort, Progress, TensorSpec
 from mapreduce.wire.schedule import Upload
 
@@ -25,6 +27,19 @@ class Phase(enum.Enum):
     FAILED = enum.auto()
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a result goes, byte for byte.
+
+    `memory` may be the input itself: a result comes only after the input was sent. What it
+    overwrites goes to `undo`, as long as `memory`, and comes back if the step fails; None where
+    nobody minds.
+    """
+
+    memory: memoryview
+    undo: memoryview | None = None
+
+
 class Step:
     """One collective at this peer. Read it freely; only the session changes it."""
 
@@ -38,13 +53,65 @@ class Step:
         self.segments: tuple[Segment, ...] = ()
         self.involved: tuple[int, ...] = ()
         self.source: memoryview | None = None
-        self.result: memoryview | None = None
+        self.target: Target | None = None
         self.uploads = [Upload(length=0) for _ in range(miner_count)]
         self.received = [0] * miner_count
+        self.placed = [0] * miner_count  # bytes of each segment of the target that may have changed
+        self.first_result_at: float | None = None
+        self.segment_us = [0] * miner_count  # as this rank states them in its ACKs
+        self.acks: dict[int, tuple[int, ...]] = {}  # by miner: what all ranks stated, COMMIT says
         self.certified: set[int] = set()
         self.committed: set[int] = set()
         self.aborted: dict[int, Abort] = {}
         self.progress: dict[int, Progress] = {}
+
+    def frame_bytes(self, measured: int, largest: int) -> int:
+        """How long a frame may be: a small tensor goes as one, others in what the link takes."""
+        if self.tensor is not None and self.tensor.nbytes <= MIN_SEGMENT_BYTES:
+            return min(MIN_SEGMENT_BYTES, largest)
+        return measured
+
+    def place(self, miner: int, begin: int, end: int) -> memoryview:
+        """Memory for bytes `begin` to `end` of the segment; saves what it holds the first time."""
+        assert self.target is not None
+        offset = self.segments[miner].offset
+        where = slice(offset + begin, offset + end)
+        if end > self.placed[miner]:
+            self.placed[miner] = end
+            if self.target.undo is not None:
+                # copy: the step is atomic, and the user's tensor must come back if it fails
+                self.target.undo[where] = self.target.memory[where]
+        return self.target.memory[where]
+
+    def time_segment(self, miner: int, now: float) -> None:
+        """A result (or release) of this segment has come."""
+        if self.first_result_at is None:
+            self.first_result_at = now
+        self.segment_us[miner] = int((now - self.first_result_at) * 1e6)
+
+    def fail(self, error: MapReduceError) -> None:
+        """Ends the step; the target holds again what it held before."""
+        self.phase = Phase.FAILED
+        self.error = error
+        if self.target is None or self.target.undo is None:
+            return
+        for segment, placed in zip(self.segments, self.placed, strict=True):
+            where = slice(segment.offset, segment.offset + placed)
+            self.target.memory[where] = self.target.undo[where]
+
+    def release(self) -> None:
+        """Lets go of the caller's memory, once the step is over."""
+        assert self.done
+        self.source = self.target = None
+
+    def next_weights(self, weights: tuple[int, ...]) -> tuple[int, ...]:
+        """The miners' weights after this committed step: every rank computes the same, from what
+        all ranks have acknowledged. The median of the ranks counts, so that one cannot shift it."""
+        times = [0] * len(weights)
+        for miner, said in self.acks.items():
+            times[miner] = sorted(said)[len(said) // 2]
+        lengths = [segment.length for segment in self.segments]
+        return rebalance(weights, lengths, times)
 
     @property
     def done(self) -> bool:

@@ -18,25 +18,34 @@ from mapreduce.core.partition import BLOCK_BYTES
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-FRAME_SECONDS = (
-    0.002  # of the measured rate: short enough to take turns, long enough to cost little per byte
-)
 MIN_FRAME_BYTES = BLOCK_BYTES
 FIRST_FRAME_BYTES = 4 * BLOCK_BYTES  # before anything has been measured
+# Of the link's and of a flow's rate. Measured on shaped links: with twice as much a step takes 1.05
+# to 1.1 times the floor instead of 1.02, and half as much costs processor time.
+FRAME_S = 0.0005
+QUEUE_S = 0.002
 
 
 def frame_bytes_for(bytes_per_s: float, largest: int) -> int:
-    """The payload, in whole blocks, that a link of this rate carries in `FRAME_SECONDS`."""
-    blocks = int(bytes_per_s * FRAME_SECONDS) // BLOCK_BYTES
+    """The payload, in whole blocks, that a link of this rate carries in `FRAME_S`."""
+    blocks = int(bytes_per_s * FRAME_S) // BLOCK_BYTES
     return max(MIN_FRAME_BYTES, min(blocks * BLOCK_BYTES, largest))
+
+
+def queue_bytes_for(bytes_per_s: float, round_trip_s: float) -> int:
+    """What the kernel may hold of a flow of this rate: twice what is on its way, so that a flow
+    which is limited by its queue can grow, and `QUEUE_S` behind it."""
+    return max(MIN_FRAME_BYTES, int(bytes_per_s * (2 * round_trip_s + QUEUE_S)))
 
 
 @dataclass(slots=True)
 class Upload:
-    """One segment on its way to its miner. Bytes; `released` is what the miner no longer holds."""
+    """One segment on its way to its miner. Bytes: `sent` were given to the transport, of which
+    `flushed` have left it; `released` is what the miner no longer holds."""
 
     length: int
     sent: int = 0
+    flushed: int = 0
     released: int = 0
 
     def sendable(self, window_bytes: int, frame_bytes: int) -> int:
@@ -65,17 +74,16 @@ def next_upload(
     writable; otherwise the next writable one in turn is taken.
     """
     count = len(uploads)
-    turns = []
-    for turn in range(count):
-        miner = (rank + turn) % count
+    chosen: tuple[int, int] | None = None
+    least = 2.0  # more than any share sent
+    for turn in range(rank, rank + count):
+        miner = turn % count
         upload = uploads[miner]
-        nbytes = upload.sendable(window_bytes, frame_bytes)
-        if nbytes > 0:
-            turns.append((upload.sent / upload.length, turn, miner, nbytes))
-    turns.sort()
-    for _, _, miner, nbytes in turns:
-        if writable(miner):
-            return miner, nbytes
-        if patient:
-            return None
+        if upload.sent == upload.length or not (patient or writable(miner)):
+            continue
+        share = upload.sent / upload.length
+        if share < least and (nbytes := upload.sendable(window_bytes, frame_bytes)) > 0:
+            least, chosen = share, (miner, nbytes)
+    if chosen is None or not patient or writable(chosen[0]):
+        return chosen
     return None

@@ -28,6 +28,7 @@ from mapreduce.services.joining import open_job
 from mapreduce.services.miner import Miner
 from mapreduce.wire.bodies import TensorSpec
 from mapreduce.wire.messages import Grant, MinerAddress, SignedGrant, encode_message
+from mapreduce.wire.peer_step import Target
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -263,7 +264,7 @@ async def all_reduce(
         op,
         tensor=TensorSpec(dtype=dtype_from_numpy(tensor.dtype), shape=tensor.shape),
         source=source,
-        allocate=lambda nbytes: result[:nbytes].data,
+        allocate=lambda nbytes: Target(result[:nbytes].data),
         **({"enter_timeout_s": 10.0} | deadlines),
     )
     return result.view(tensor.dtype).reshape(tensor.shape)

@@ -30,28 +30,32 @@ LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_a_buffer_is_not_reused_while_a_transport_holds_it(loop: str) -> None:
+def test_a_buffer_is_not_reused_while_a_transport_holds_it(
+    loop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sockets that take little, and readers that stop: whoever reuses a buffer corrupts bytes."""
     held = 0
 
     async def stutter(job: PeerJob, node: MinerNode) -> None:
         nonlocal held
-        mine = [job._streams[0]._transport]
-        theirs = [s._transport for s in node.miner.jobs[job.grant.job]._streams.values()]
-        for transport in mine + theirs:
+        streams = [job._streams[0], *node.miner.jobs[job.grant.job]._streams.values()]
+        transports = [stream._transport for stream in streams]
+        for stream, transport in zip(streams, transports, strict=True):
             assert transport is not None
+            assert stream.queue is not None
+            monkeypatch.setattr(stream.queue, "measure", lambda now: None)  # it sets the buffer
             raw = transport.get_extra_info("socket")
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
         try:
             for turn in itertools.count():
-                for transport in mine + theirs:
+                for transport in transports:
                     assert transport is not None
                     held = max(held, transport.get_write_buffer_size())
                     (transport.pause_reading if turn % 2 else transport.resume_reading)()
                 await asyncio.sleep(0.002)
         finally:
-            for transport in mine + theirs:
+            for transport in transports:
                 assert transport is not None
                 transport.resume_reading()
 

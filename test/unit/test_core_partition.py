@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from mapreduce.core.partition import (
     BLOCK_BYTES,
+    EQUAL_WEIGHT,
     MIN_SEGMENT_BYTES,
     Segment,
     map_digest,
     partition,
+    rebalance,
 )
 
 KIB = 1024
@@ -159,3 +161,57 @@ def test_the_digest_is_pinned_and_sees_every_field() -> None:
 def test_wrong_arguments_are_named(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         partition(**({"total_bytes": MIB, "segment_count": 2} | arguments))  # type: ignore[arg-type]
+
+
+# Weights for the next step ----------------------------------------------------------------------
+
+EQUAL = (EQUAL_WEIGHT,) * 4
+
+
+def test_a_quarter_of_the_rate_gets_a_quarter_of_the_bytes_at_once() -> None:
+    weights = rebalance(EQUAL, [1000] * 4, [100_000] * 3 + [400_000])
+    assert sum(weights) == pytest.approx(sum(EQUAL), rel=1e-6)
+    assert weights[0] == weights[1] == weights[2]
+    assert weights[3] / weights[0] == pytest.approx(1 / 4, rel=1e-3)
+
+
+def test_times_that_scatter_move_weights_a_quarter_of_the_way() -> None:
+    weights = rebalance(EQUAL, [1 << 30] * 4, [100_000, 100_000, 100_000, 105_000])
+    exact = 4 * EQUAL_WEIGHT * (1 / 105) / (3 / 100 + 1 / 105)
+    assert weights[3] - EQUAL_WEIGHT == pytest.approx((exact - EQUAL_WEIGHT) / 4, rel=1e-3)
+
+
+def test_segments_that_end_together_leave_the_weights_alone() -> None:
+    weights = (EQUAL_WEIGHT, 2 * EQUAL_WEIGHT)
+    assert rebalance(weights, [1 << 20, 2 << 20], [90_000, 90_000]) == weights
+
+
+@pytest.mark.parametrize(
+    ("lengths", "times_us"),
+    [
+        ([1000] * 4, [5000, 5000, 5000, 19_000]),  # too short to tell
+        ([1000, 0, 0, 0], [400_000, 0, 0, 0]),  # nobody to compare with
+        ([1000] * 4, [0] * 4),
+    ],
+)
+def test_what_measures_nothing_changes_nothing(lengths: list[int], times_us: list[int]) -> None:
+    assert rebalance(EQUAL, lengths, times_us) == EQUAL
+
+
+def test_a_miner_that_took_no_part_keeps_its_weight() -> None:
+    weights = rebalance(EQUAL, [1000, 0, 1000, 1000], [100_000, 0, 100_000, 400_000])
+    assert weights[1] == EQUAL_WEIGHT
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 1 << 24), st.integers(0, 1 << 40), st.integers(0, (1 << 32) - 1)),
+        min_size=1,
+        max_size=16,
+    )
+)
+def test_whatever_miners_say_the_weights_can_cut_a_tensor(said: list[tuple[int, int, int]]) -> None:
+    weights = rebalance(*map(list, zip(*said, strict=True)))
+    assert all(weight >= 1 for weight in weights)
+    segments = partition(1 << 30, len(weights), weights=weights)
+    assert sum(segment.length for segment in segments) == 1 << 30

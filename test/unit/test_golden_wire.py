@@ -12,22 +12,34 @@ import pytest
 
 from mapreduce.core.dtypes import DType
 from mapreduce.core.reduce import ReduceOp
+from mapreduce.errors import BadFrame
 from mapreduce.wire.bodies import (
     EMPTY_BODY,
     Abort,
+    Ack,
+    Commit,
     Open,
     Progress,
     TensorSpec,
     decode_text,
     encode_text,
 )
-from mapreduce.wire.frames import HEADER_BYTES, MAX_BODY_BYTES, REPLY, Header, Kind, encode_frame
+from mapreduce.wire.frames import (
+    HEADER_BYTES,
+    MAX_BODY_BYTES,
+    REPLY,
+    FrameReader,
+    Header,
+    Kind,
+    encode_frame,
+)
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "wire.json"
 
 OPENED = Open(
     op=ReduceOp.AVG,
     tensor=TensorSpec(dtype=DType.BFLOAT16, shape=(3, 1 << 20)),
+    segment_bytes=0x0102030405,
     map_digest=bytes(range(16)),
 )
 ABORTED = Abort(
@@ -43,8 +55,8 @@ BODIES = {
     Kind.CREDIT: b"",
     Kind.CLOSE: EMPTY_BODY,
     Kind.CERTIFICATE: EMPTY_BODY,
-    Kind.ACK: EMPTY_BODY,
-    Kind.COMMIT: EMPTY_BODY,
+    Kind.ACK: Ack(segment_us=0x01020304).encode(),
+    Kind.COMMIT: Commit(segment_us=(0, 0x05060708, 9)).encode(),
     Kind.ABORT: ABORTED.encode(),
     Kind.PING: Progress(phase=Progress.REDUCING, waiting_for=(0, 258)).encode(),
     Kind.GOODBYE: encode_text("the peer is done"),
@@ -80,6 +92,12 @@ def test_bodies_survive_the_wire() -> None:
     pinned = {k: bytes.fromhex(v) for k, v in json.loads(GOLDEN.read_text()).items()}
     assert Open.decode(memoryview(pinned["OPEN"])[HEADER_BYTES:]) == OPENED
     assert Abort.decode(memoryview(pinned["ABORT"])[HEADER_BYTES:]) == ABORTED
+    ack = Ack.decode(memoryview(pinned["ACK"])[HEADER_BYTES:])
+    assert ack == Ack(segment_us=0x01020304)
+    commit = memoryview(pinned["COMMIT"])[HEADER_BYTES:]
+    assert Commit.decode(commit, 3).segment_us == (0, 0x05060708, 9)
+    with pytest.raises(BadFrame, match="4 ranks"):
+        Commit.decode(commit, 4)
     progress = Progress.decode(memoryview(pinned["PING"])[HEADER_BYTES:])
     assert progress == Progress(phase=Progress.REDUCING, waiting_for=(0, 258))
     text = decode_text("GOODBYE", memoryview(pinned["GOODBYE"])[HEADER_BYTES:])
@@ -98,6 +116,30 @@ def test_an_abort_fits_its_frame_whatever_the_ranks_said() -> None:
     again = Abort.decode(memoryview(body))
     assert 0 in again.differences["shape"]
     assert again.encode() == body  # a miner passes it on
+
+
+def test_headers_survive_the_wire_and_any_cut() -> None:
+    seen: list[tuple[Header, bytes]] = []
+
+    def payload_buffer(header: Header, received: int) -> memoryview:
+        return memoryview(bytearray(min(7, header.length - received)))
+
+    def frame_received(header: Header, body: memoryview) -> None:
+        seen.append((header, bytes(body)))
+
+    frames = [
+        (Header(kind=Kind.PING, flags=1, step=3, segment=2, rank=1, length=4), b"abcd"),
+        (Header(kind=Kind.CREDIT, step=2**32 - 1, offset=2**40), b""),
+    ]
+    data = b"".join(encode_frame(h, b) for h, b in frames)
+    data += Header(kind=Kind.DATA, length=20).encode() + bytes(20)
+    for cut in range(1, len(data)):
+        seen.clear()
+        reader = FrameReader(payload_buffer, frame_received)
+        reader.feed(data[:cut])
+        reader.feed(data[cut:])
+        assert seen[:2] == frames
+        assert len(seen) == 3
 
 
 if __name__ == "__main__":

@@ -1,0 +1,152 @@
+"""What either end refuses because the protocol forbids it, and whom it names."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mapreduce.core.dtypes import DType
+from mapreduce.core.reduce import ReduceOp
+from mapreduce.errors import BadFrame, CollectiveMismatch
+from mapreduce.wire.bodies import EMPTY_BODY, Ack, Commit, Open, TensorSpec
+from mapreduce.wire.frames import Header, Kind, encode_frame
+from test.memory_job import MemoryJob
+from test.unit.test_sessions import KIB, gradients, terms
+
+
+def peer_frame(kind: Kind, *, body: bytes = b"", **fields: int) -> bytes:
+    header = Header(kind=kind, length=fields.pop("length", len(body)), **fields)
+    return encode_frame(header, body) if body or not header.length else header.encode()
+
+
+def opened(count: int = 8) -> bytes:
+    job = MemoryJob(terms(1, 1))
+    job.begin(0, ReduceOp.AVG, np.zeros(count, dtype=np.float32))
+    data = job.peers[0].next_control(0)
+    assert data is not None
+    return data
+
+
+@pytest.mark.parametrize(
+    ("stream", "message"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n" + bytes(40), "lost its framing"),
+        (peer_frame(Kind.DATA, step=1, length=16), "not opened"),
+        (opened() + peer_frame(Kind.DATA, step=1, length=64), "up to 64 in a segment of 32"),
+        (opened() + peer_frame(Kind.DATA, step=1, offset=4, length=4), "expected at 0"),
+        (opened() + peer_frame(Kind.DATA, step=1, length=16), "whole blocks"),
+        (opened() + peer_frame(Kind.DATA, step=1, length=64 * KIB), "1 to 32768 are granted"),
+        (opened() + peer_frame(Kind.DATA, step=1, length=0), "DATA of 0 bytes"),
+        (opened() + opened(), "after step 1"),
+        (opened() + peer_frame(Kind.CLOSE, step=1, body=EMPTY_BODY), "CLOSE after 0 of 32"),
+        (opened() + peer_frame(Kind.ACK, step=1, body=Ack().encode()), "no certificate"),
+        (opened() + peer_frame(Kind.CLOSE, step=1, segment=3, body=EMPTY_BODY), "for segment 3"),
+        (opened() + peer_frame(Kind.CLOSE, step=1, rank=1, body=EMPTY_BODY), "of rank 2 on the"),
+        (peer_frame(Kind.OPEN, step=1, body=b"\x01"), "too short"),
+        (peer_frame(Kind.OPEN, step=1, body=b"\x09" + bytes(40)), "version 9"),
+        (peer_frame(Kind.COMMIT, body=EMPTY_BODY), "may not send COMMIT"),
+        (peer_frame(Kind.RESULT, length=5), "may not send RESULT"),
+        (Header(kind=Kind.PING, length=1 << 20).encode(), "at most 65536"),
+        (
+            peer_frame(
+                Kind.OPEN,
+                step=1,
+                body=Open(
+                    op=ReduceOp.AVG,
+                    tensor=TensorSpec(dtype=DType.FLOAT32, shape=(1 << 62, 1 << 62)),
+                ).encode(),
+            ),
+            "are granted",
+        ),
+        (
+            peer_frame(
+                Kind.OPEN,
+                step=1,
+                body=Open(
+                    op=ReduceOp.AVG, tensor=TensorSpec(dtype=DType.INT32, shape=(4,))
+                ).encode(),
+            ),
+            "no miner can reduce",
+        ),
+        (
+            peer_frame(
+                Kind.OPEN,
+                step=1,
+                body=Open(
+                    op=ReduceOp.SUM,
+                    tensor=TensorSpec(dtype=DType.INT32, shape=(4,)),
+                    segment_bytes=17,
+                ).encode(),
+            ),
+            "a segment of 17 bytes in 16",
+        ),
+    ],
+)
+def test_a_miner_refuses_what_the_protocol_forbids(stream: bytes, message: str) -> None:
+    job = MemoryJob(terms(1, 1))
+    job.streams[0, 0].to_miner += stream + bytes(1)
+    job.run()
+    assert [message in str(error) for error in job.violations] == [True], job.violations
+
+
+def test_a_peer_that_ignores_its_window_is_stopped() -> None:
+    job = MemoryJob(terms(2, 1))
+    job.begin(0, ReduceOp.AVG, np.zeros(100_000, dtype=np.float32))
+    job.peers[0].terms = terms(2, 1, window=128 * KIB)
+    job.run()
+    assert "exceeds the window of 65536" in str(job.violations[0])
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (peer_frame(Kind.RESULT, step=1, length=64 * KIB), "32768 are granted"),
+        (peer_frame(Kind.RESULT, step=1, length=32 * KIB), "0 were sent"),
+        (peer_frame(Kind.PING, step=1), "only answers PING"),
+        (peer_frame(Kind.RESULT, step=1, offset=16, length=16), "0 of"),
+        (peer_frame(Kind.RESULT, step=2, length=16), "for step 2"),
+        (
+            peer_frame(Kind.COMMIT, step=1, body=Commit(segment_us=(0, 0)).encode()),
+            "without this rank's acknowledgement",
+        ),
+        (peer_frame(Kind.COMMIT, step=1, body=Commit(segment_us=(0,)).encode()), "2 ranks"),
+        (peer_frame(Kind.CREDIT, step=1, offset=1 << 30), "CREDIT for"),
+        (peer_frame(Kind.DATA, step=1, length=16), "may not send DATA"),
+        (peer_frame(Kind.ABORT, step=1, body=EMPTY_BODY + b"{"), "cannot be read"),
+        (peer_frame(Kind.ABORT, step=1, body=EMPTY_BODY + b'{"code": "x"}'), "cannot be read"),
+    ],
+)
+def test_a_peer_refuses_what_the_protocol_forbids_and_names_the_miner(
+    frame: bytes, message: str
+) -> None:
+    job = MemoryJob(terms(2, 1))
+    job.begin(0, ReduceOp.AVG, np.zeros(100_000, dtype=np.float32))
+    job.streams[0, 0].to_peer += frame + bytes(1)
+    while not job.violations:
+        job._deliver_to_peer((0, 0))
+    assert job.violations[0].who == "miner uid 10 (miner-0)"
+    assert message in str(job.violations[0])
+
+
+def test_a_result_for_bytes_that_have_not_left_the_peer_is_refused() -> None:
+    """It would overwrite what is still to be sent, and the rank would contradict itself."""
+    job = MemoryJob(terms(1, 1))
+    job.begin(0, ReduceOp.SUM, np.ones(100_000, dtype=np.float32))
+    assert job.peers[0].next_control(0) is not None
+    assert job.peers[0].next_upload(lambda _: True, patient=False) is not None
+    early = peer_frame(Kind.RESULT, step=1, length=16 * KIB) + bytes(1)
+    with pytest.raises(BadFrame, match="0 were sent"):
+        job.peer_readers[0, 0].feed(early)
+    job.peers[0].flushed(0)
+    job.peer_readers[0, 0].feed(early)
+
+
+def test_ranks_whose_segments_differ_learn_it() -> None:
+    """As when a miner had told them different times: nothing is reduced."""
+    job = MemoryJob(terms(2, 2))
+    job.peers[1].weights = (1, 3)
+    steps = job.all_reduce(gradients(2, 500_000))
+    job.run()
+    for step in steps:
+        assert isinstance(step.error, CollectiveMismatch)
+        assert "segments" in str(step.error)
