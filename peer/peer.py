@@ -49,8 +49,8 @@ class Peer:
 
     Every rank calls the same collectives in the same order, with tensors of the same dtype and
     shape. They are blocking and bit-exact: every rank ends with the same bytes, or every rank gets
-    an error and every tensor is untouched. Use one Peer from one thread at a time; several may live
-    in one process.
+    an error and every tensor is what it was before. During a call its tensor changes and belongs to
+    it alone. Use one Peer from one thread at a time; several may live in one process.
 
     Args:
         rank: 1 to `peer_count`; rank 1 sends broadcasts.

@@ -49,7 +49,9 @@ def test_steps_on_warm_connections_in_place_and_returned(subnet: LocalSubnet) ->
     def train_steps(peer: Peer) -> list[int]:
         for step in range(1, 6):
             x = torch.full((1000,), float(peer.rank))
+            version = x._version
             assert peer.all_reduce(x, "sum") is x
+            assert x._version > version  # autograd must notice that it was written to
             assert torch.equal(x, torch.full((1000,), 6.0))
             assert peer.last_step is not None
             assert peer.last_step.step == step

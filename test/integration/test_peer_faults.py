@@ -33,7 +33,7 @@ BANDWIDTH = 1 << 20
 
 @pytest.fixture(scope="module")
 def subnet() -> Iterator[LocalSubnet]:
-    with LocalSubnet(miners=4) as running:  # two of them do not survive the tests
+    with LocalSubnet(miners=5) as running:  # three of them do not survive the tests
         yield running
 
 
@@ -77,6 +77,22 @@ def test_a_miner_that_ends_mid_step_is_named_on_every_rank(
     # The next job finds other miners.
     results = succeed(run_ranks(subnet, 2, lambda p: p.all_reduce(torch.ones(10)), miner_count=2))
     assert all(torch.equal(result, torch.ones(10)) for result in results)
+
+
+def test_what_results_have_overwritten_comes_back_when_the_step_fails(subnet: LocalSubnet) -> None:
+    one, two = open_ranks(subnet, 2, miner_count=2)
+    victim = next(c for c in subnet.miners if c.name == f"miner-{one.miners[1].uid}")
+    tensors = [torch.full((BANDWIDTH // 4,), float(rank)) for rank in (1, 2)]
+    victim.send_signal(signal.SIGSTOP)  # the other miner's half of the tensor comes, and no more
+    with ThreadPoolExecutor() as pool:
+        steps = [pool.submit(p.all_reduce, x) for p, x in zip((one, two), tensors, strict=True)]
+        wait_for(lambda: all(x[0] == 1.5 for x in tensors), "results are in both tensors")
+        victim.send_signal(signal.SIGKILL)
+        errors = [step.exception(timeout=20) for step in steps]
+    assert all(isinstance(error, MinerLost) for error in errors)
+    for rank, tensor in enumerate(tensors, start=1):
+        assert torch.equal(tensor, torch.full((BANDWIDTH // 4,), float(rank)))
+    destroy(one, two)
 
 
 def test_a_validator_that_is_dead_is_unreachable_but_ends_no_job() -> None:
