@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.bench-installed
+HIVEMIND := .venv-hivemind
+RESULTS := bench/results
 
-.PHONY: demo test slow lint types fmt bench clean
+.PHONY: demo test slow lint types fmt clean bench bench-shaped bench-hivemind bench-scaling bench-micro
 
 demo: $(STAMP)
 	$(PY) -m mapreduce.demo
@@ -22,8 +25,29 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(VENV)/bin/mypy
 
-bench: $(STAMP)
-	$(PY) bench/loopback.py
+# Collectives over loopback, beside the floor and the rivals.
+bench: $(BENCH_STAMP)
+	$(PY) -m bench.loopback --json $(RESULTS)/loopback.json --png $(RESULTS)/loopback.png
+
+# The same over links of a given rate, in network namespaces: needs root.
+bench-shaped: $(BENCH_STAMP)
+	$(PY) -m bench.shaped --json $(RESULTS)/shaped.json --png $(RESULTS)/shaped.png
+
+bench-scaling: $(BENCH_STAMP)
+	$(PY) -m bench.scaling --json $(RESULTS)/scaling.json --png $(RESULTS)/scaling.png
+
+bench-micro: $(BENCH_STAMP)
+	$(PY) -m bench.micro --json $(RESULTS)/micro.json --png $(RESULTS)/micro.png
+
+# hivemind has other dependencies than this package: it gets an environment of its own, and then
+# takes part in the benchmarks above.
+bench-hivemind: $(HIVEMIND)/.installed
+
+$(HIVEMIND)/.installed:
+	$(PYTHON) -m venv $(HIVEMIND)
+	$(HIVEMIND)/bin/python -m pip install --quiet --upgrade pip
+	$(HIVEMIND)/bin/python -m pip install --quiet hivemind==1.1.12 torch==2.13.0
+	touch $@
 
 fmt: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
@@ -36,6 +60,10 @@ $(STAMP): setup.py constraints.txt
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[test,examples]'
 	touch $@
 
+$(BENCH_STAMP): $(STAMP)
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[bench]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(HIVEMIND) $(RESULTS) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

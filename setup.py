@@ -43,7 +43,7 @@ setup(
             "pytest-timeout>=2.3",
             "ruff>=0.6",
         ],
-        "bench": [],  # bench/loopback.py needs nothing more than the package
+        "bench": ["matplotlib>=3.8"],  # draws; figures alone need nothing more than the package
     },
     classifiers=[
         "Operating System :: POSIX",

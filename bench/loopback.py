@@ -1,162 +1,84 @@
-"""All-reduce over loopback beside its floor and a gloo ring, in one run: `make bench`.
+"""Collectives over loopback beside the floor and the rivals, in one run: `make bench`.
 
-The floor is what the machine moves over loopback sockets at all: an all-reduce of D bytes by K
-peers carries 2 K D bytes through miners, at the rate of a raw socket between two processes. gloo
-reduces among the peers themselves, without miners. One direction is counted; medians and 95th
-percentiles of the slowest rank.
+Here the processors are the link. The floor is what the machine moves over loopback sockets at all:
+an all-reduce of D bytes by K peers carries 2 K D bytes through miners, at the rate of a raw socket
+between two processes. gloo reduces among the peers themselves, without miners.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import os
-import platform
-import socket
-import statistics
-import sys
-import tempfile
-import time
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-import torch
+from bench import floor
+from bench.contest import (
+    add_contest_flags,
+    choose,
+    contest,
+    draw_ratios,
+    print_head,
+    print_row,
+)
+from bench.lab import LOOPBACK, on_loopback
+from bench.report import progress, run_program, settings_of_run, size, write_json
+from bench.steps import Case
+from bench.subnets import PlacedSubnet
 
-from mapreduce.local import LocalSubnet
-from mapreduce.net.loop import new_event_loop
-from mapreduce.processes import free_port
+if TYPE_CHECKING:
+    from bench.report import Row
 
 FLOOR_BYTES = 2 << 30
-FLOOR_RUNS = 5
-SOCKET_WRITE = 1 << 20
-WARM_UP_STEPS = 2
+NBYTES = 105_000_000
+CASES = {
+    "all-reduce-2": Case(peers=2, miners=2, nbytes=NBYTES),
+    "all-reduce-4": Case(peers=4, miners=4, nbytes=NBYTES),
+    "small-4": Case(
+        peers=4, miners=4, nbytes=64 * 1024, steps=200, rivals=("gloo", "original")
+    ),
+}  # fmt: skip
+OWN_FLAGS = ("peers", "miners", "bytes", "broadcast")
 
 
-def raw_rate() -> float:
-    """Bytes per second of one raw loopback stream between two processes, median of FLOOR_RUNS."""
-    rates = []
-    for _ in range(FLOOR_RUNS):
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-            sender = multiprocessing.get_context("spawn").Process(target=_send, args=(port,))
-            sender.start()
-            connection, _ = server.accept()
-            buffer = memoryview(bytearray(SOCKET_WRITE))
-            received = connection.recv_into(buffer)  # the clock starts with the first bytes
-            started, first = time.perf_counter(), received
-            while count := connection.recv_into(buffer):
-                received += count
-            rates.append((received - first) / (time.perf_counter() - started))
-            connection.close()
-            sender.join()
-    return statistics.median(rates)
+def own_case(options: argparse.Namespace) -> Case:
+    peers = options.peers or 4
+    return Case(
+        peers=peers,
+        miners=options.miners or peers,
+        nbytes=(options.bytes or NBYTES) // 4 * 4,
+        broadcast=bool(options.broadcast),
+    )
 
 
-def _send(port: int) -> None:
-    data = bytes(SOCKET_WRITE)
-    with socket.create_connection(("127.0.0.1", port)) as connection:
-        for _ in range(FLOOR_BYTES // SOCKET_WRITE):
-            connection.sendall(data)
+def run(name: str, case: Case) -> Row:
+    """All contenders on one case."""
+    progress(f"{name}: floor")
+    raw = floor.one_way(FLOOR_BYTES, LOOPBACK)
+    floor_s = floor.loopback_floor_s(case.nbytes, case.peers, raw.bytes_per_s)
+    site = on_loopback(case.peers, case.miners)
+    title = f"{name}: K={case.peers}, N={case.miners}, {size(case.nbytes)}"
+    with PlacedSubnet(site) as subnet:
+        return contest(title, case, site, subnet, floor_s) | {"raw": asdict(raw)}
 
 
-class Steps:
-    """Times `steps` all-reduces of `nbytes` on one rank; picklable for its process."""
-
-    def __init__(self, nbytes: int, steps: int) -> None:
-        self.nbytes = nbytes
-        self.steps = steps
-
-    def __call__(self, peer: Any) -> list[float]:
-        tensor = torch.ones(self.nbytes // 4)
-        return [self._timed(lambda: peer.all_reduce(tensor)) for _ in range(self._total)]
-
-    @property
-    def _total(self) -> int:
-        return WARM_UP_STEPS + self.steps
-
-    @staticmethod
-    def _timed(step: Any) -> float:
-        started = time.perf_counter()
-        step()
-        return time.perf_counter() - started
-
-    def gloo(self, rank: int, world_size: int, port: int, path: str) -> None:
-        import torch.distributed as dist
-
-        torch.set_num_threads(1)
-        os.environ |= {"GLOO_SOCKET_IFNAME": "lo"}
-        store = f"tcp://127.0.0.1:{port}"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-        tensor = torch.ones(self.nbytes // 4)
-        seconds = [self._timed(lambda: dist.all_reduce(tensor)) for _ in range(self._total)]
-        dist.destroy_process_group()
-        Path(path, str(rank)).write_text(json.dumps(seconds))
-
-
-def summary(ranks: list[list[float]]) -> tuple[float, float]:
-    """Median and 95th percentile of the slowest rank of each step, warm-up left out."""
-    slowest = [max(step) for step in zip(*ranks, strict=True)][WARM_UP_STEPS:]
-    return statistics.median(slowest), sorted(slowest)[int(0.95 * (len(slowest) - 1))]
-
-
-def ours(peers: int, miners: int, steps: Steps) -> tuple[float, float]:
-    with LocalSubnet(miners=miners) as subnet:
-        return summary(subnet.run(steps, peers, steps.nbytes, miner_count=miners))
-
-
-def gloo(peers: int, steps: Steps) -> tuple[float, float]:
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as path:
-        arguments = (peers, free_port(), path)
-        ranks = [context.Process(target=steps.gloo, args=(r, *arguments)) for r in range(peers)]
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join()
-        return summary([json.loads(Path(path, str(r)).read_text()) for r in range(peers)])
-
-
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--peers", type=int, nargs="+", default=[2, 4], help="K; N is the same")
-    parser.add_argument("--bytes", type=int, default=105 * 10**6, help="of one tensor")
-    parser.add_argument("--steps", type=int, default=10, help="counted steps")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures as JSON")
-    options = parser.parse_args()
-    nbytes = options.bytes // 4 * 4
-    steps = Steps(nbytes, options.steps)
-    rate = raw_rate()
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-    loop = type(new_event_loop()).__module__
-    print(f"{' '.join(sys.argv)}: {machine}, {loop}, torch {torch.__version__}")
-    print(f"raw loopback: {rate / 1e9:.2f} GB/s; tensor: {nbytes / 1e6:.1f} MB")
-    print(" K=N  floor s  ours s (p95)    x floor  gloo s (p95)    ours / gloo")
+    add_contest_flags(parser, list(CASES))
+    options, cases = choose(parser, CASES, OWN_FLAGS, own_case)
+    settings = settings_of_run()
+    print_head(settings)
     rows = []
-    for count in options.peers:
-        floor = 2 * count * nbytes / rate
-        (our_s, our_p95), (gloo_s, gloo_p95) = ours(count, count, steps), gloo(count, steps)
-        print(
-            f"{count:>4}  {floor:7.3f}  {our_s:6.3f} ({our_p95:.3f})  {our_s / floor:7.2f}  "
-            f"{gloo_s:6.3f} ({gloo_p95:.3f})  {our_s / gloo_s:11.2f}"
+    for name, case in cases.items():
+        rows.append(run(name, case))
+        raw = rows[-1]["raw"]
+        print_row(
+            rows[-1],
+            f"raw socket {raw['bytes_per_s'] / 1e9:.2f} GB/s; CPU s per GB: send "
+            f"{raw['send_cpu_s_per_GB']:.2f}, receive {raw['receive_cpu_s_per_GB']:.2f}",
         )
-        rows.append(
-            {
-                "peers": count,
-                "miners": count,
-                "bytes": nbytes,
-                "floor_s": floor,
-                "ours_median_s": our_s,
-                "ours_p95_s": our_p95,
-                "gloo_median_s": gloo_s,
-                "gloo_p95_s": gloo_p95,
-            }
-        )
-    if options.json:
-        outcome = {"argv": sys.argv, "machine": machine, "raw_bytes_per_s": rate, "rows": rows}
-        options.json.write_text(json.dumps(outcome, indent=2) + "\n")
-    return 0
+        write_json(options.json, settings, rows=rows)
+    draw_ratios(options.png, rows, "loopback: time over 2 K D / raw socket rate")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -140,9 +140,7 @@ class MemoryJob:
 
     def _writable(self, p: int):
         return lambda m: (
-            self.streams[p, m].open
-            and not self.peers[p]._control[m]
-            and len(self.streams[p, m].to_miner) < self.socket_bytes
+            self.streams[p, m].open and len(self.streams[p, m].to_miner) < self.socket_bytes
         )
 
     def _uploadable(self, p: int) -> bool:
@@ -161,22 +159,20 @@ class MemoryJob:
         self.peers[p].frame_bytes = blocks * BLOCK_BYTES
         upload = self.peers[p].next_upload(self._writable(p), patient=patient)
         if upload is not None:
-            m, header, payload = upload
-            self.streams[p, m].to_miner += header
-            self.streams[p, m].to_miner += payload
+            m, pieces = upload
+            self.streams[p, m].to_miner += b"".join(pieces)
             self.peers[p].flushed(m)
 
     def _peer_control(self, key: tuple[int, int]) -> None:
         p, m = key
-        data = self.peers[p].next_control(m)
-        assert data is not None
-        self.streams[key].to_miner += data
+        frames = self.peers[p].take_control(m)
+        assert frames
+        self.streams[key].to_miner += b"".join(frames)
 
     def _miner_output(self, key: tuple[int, int]) -> None:
         p, m = key
-        data = self.miners[m].next_output(p)
-        if data is not None:
-            self.streams[key].to_peer += data
+        if pieces := self.miners[m].next_output(p):
+            self.streams[key].to_peer += b"".join(pieces)
             self.miners[m].output_done(p)
             self.miners[m].reduce()
 

@@ -136,10 +136,10 @@ class MinerJob:
             for rank in sorted(session.ready, key=lambda r: (r - session.segment) % count):
                 stream = self._streams.get(rank)
                 while stream is not None and stream.writable:
-                    piece = session.next_output(rank)
-                    if piece is None:
+                    pieces = session.next_output(rank)
+                    if not pieces:
                         break
-                    stream.write(piece)
+                    stream.write(*pieces)
                     moved = True
                     if stream.writable:
                         session.output_done(rank)

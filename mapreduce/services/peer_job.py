@@ -329,31 +329,23 @@ class PeerJob:
         """Writes what the session has: control at once, data as the schedule says."""
         self._pump_due = False
         session = self.session
-        for miner in tuple(session.ready):
-            self._write_control(miner)
         sent = False
         while (upload := session.next_upload(self._writable, patient=patient)) is not None:
-            miner, header, payload = upload
+            miner, pieces = upload
             stream = self._streams[miner]
-            stream.write(header, payload)
+            stream.write(*pieces)
             if stream.writable:
                 session.flushed(miner)
-            self._write_control(miner)  # CLOSE right behind the last DATA
             sent = True
+        for miner in tuple(session.ready):
+            if self._writable(miner):
+                self._streams[miner].write(*session.take_control(miner))
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
         step = session.step
         if not sent and patient and step is not None and step.uploading:
             self._patience = self._loop.call_later(PATIENCE_S, self._pump, False)
-
-    def _write_control(self, miner: int) -> None:
-        stream = self._streams.get(miner)
-        while stream is not None and stream.writable:
-            frame = self.session.next_control(miner)
-            if frame is None:
-                break
-            stream.write(frame)
 
     def _ping(self, miners: tuple[int, ...]) -> None:
         for miner in miners:

@@ -63,10 +63,9 @@ class MinerSession:
 
     Feed it with `attach`, `detach` and the frames of each rank (through `reader(rank)`); then call
     `reduce` (once for many frames: longer runs cost less), write what `next_output(rank)` gives for
-    every rank in `ready`, one piece at a time, and call `output_done(rank)` when the transport no
-    longer needs that piece. Raises BadFrame on a
-    protocol violation by the rank whose frame it is; the caller then closes that stream and calls
-    `detach`.
+    every rank in `ready`, and call `output_done(rank)` when the transport no longer needs it.
+    Raises BadFrame on a protocol violation by the rank whose frame it is; the caller then closes
+    that stream and calls `detach`.
     """
 
     def __init__(self, terms: Terms, segment: int) -> None:
@@ -124,17 +123,18 @@ class MinerSession:
 
     # Output ---------------------------------------------------------------------------------------
 
-    def next_output(self, rank: int) -> bytes | memoryview | None:
-        """The next piece for this rank's socket, control before results; None if there is nothing
-        to write."""
+    def next_output(self, rank: int) -> list[bytes | memoryview]:
+        """The next pieces for this rank's socket, to write in one go: control, and a result behind
+        it. Empty if there is nothing to write."""
         stream = self._streams[rank]
-        if stream.control:
-            return stream.control.popleft()
+        pieces: list[bytes | memoryview] = [*stream.control]
+        stream.control.clear()
         if stream.results and stream.in_hand is None:
             stream.in_hand = stream.results.popleft()
-            return stream.in_hand.frame
-        self.ready.discard(rank)
-        return None
+            pieces.append(stream.in_hand.frame)
+        if not pieces:
+            self.ready.discard(rank)
+        return pieces
 
     def output_done(self, rank: int) -> None:
         """The transport holds no piece of this rank's any more: its place in the ring is free

@@ -13,7 +13,6 @@ of any miner proves that every rank holds the result.
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -70,7 +69,7 @@ class PeerSession:
     """One job at one peer; `rank` is an index from 0, `clock` gives seconds from any start.
 
     Feed it with `begin`, `miner_lost` and the frames of each miner (through `reader(miner)`); then
-    write what `next_control` gives for every miner in `ready`, and what `next_upload` gives, and
+    write what `next_upload` gives, and what `take_control` gives for every miner in `ready`, and
     tell `flushed` when a miner's transport holds nothing any more. `step.phase` says when the
     collective is over. Raises BadFrame, with the miner's name, on a protocol violation by that
     miner; the caller then closes the stream and calls `miner_lost`.
@@ -93,7 +92,7 @@ class PeerSession:
         self.step: Step | None = None
         self._clock = clock
         self._number = 0
-        self._control: list[deque[bytes]] = [deque() for _ in miners]
+        self._control: list[list[bytes]] = [[] for _ in miners]
         self._lost: dict[int, str] = {}
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self._allocate: Callable[[int], Target] | None = None
@@ -201,7 +200,7 @@ class PeerSession:
         if miner in self._lost:
             return
         self._lost[miner] = reason
-        self._control[miner].clear()
+        self._control[miner] = []
         self.ready.discard(miner)
         step = self.step
         if step is None or step.done or miner not in step.involved:
@@ -223,13 +222,11 @@ class PeerSession:
 
     # Output ---------------------------------------------------------------------------------------
 
-    def next_control(self, miner: int) -> bytes | None:
-        """The next control frame for a miner; goes before any data."""
-        queue = self._control[miner]
-        frame = queue.popleft() if queue else None
-        if not queue:
-            self.ready.discard(miner)
-        return frame
+    def take_control(self, miner: int) -> list[bytes]:
+        """The control frames that wait for a miner's socket."""
+        frames, self._control[miner] = self._control[miner], []
+        self.ready.discard(miner)
+        return frames
 
     def flushed(self, miner: int) -> None:
         """The miner's transport holds no byte of ours any more: the input may be overwritten."""
@@ -239,11 +236,11 @@ class PeerSession:
 
     def next_upload(
         self, writable: Callable[[int], bool], *, patient: bool
-    ) -> tuple[int, bytes, memoryview] | None:
-        """The next DATA frame as (miner, header, payload); None if it is nobody's turn. See
-        `schedule`.
+    ) -> tuple[int, list[bytes | memoryview]] | None:
+        """The next DATA frame as (miner, pieces to write in one go); None if it is nobody's turn.
+        See `schedule`.
 
-        A miner with control frames to come gets those first.
+        Control frames that wait for this miner go before it, and CLOSE right behind the last.
         """
         step = self.step
         if step is None or step.phase is not Phase.RUNNING or step.source is None:
@@ -253,7 +250,7 @@ class PeerSession:
             rank=self.rank,
             window_bytes=self.terms.window_bytes,
             frame_bytes=step.frame_bytes(self.frame_bytes, self.terms.frame_bytes),
-            writable=lambda miner: miner not in self.ready and writable(miner),
+            writable=writable,
             patient=patient,
         )
         if chosen is None:
@@ -269,9 +266,11 @@ class PeerSession:
             offset=upload.sent,
             length=nbytes,
         )
+        before = self.take_control(miner)
         upload.sent += nbytes
         self._close_if_sent(step, miner)
-        return miner, header.encode(), step.source[begin : begin + nbytes]
+        payload = step.source[begin : begin + nbytes]
+        return miner, [*before, header.encode(), payload, *self.take_control(miner)]
 
     def _close_if_sent(self, step: Step, miner: int) -> None:
         upload = step.uploads[miner]

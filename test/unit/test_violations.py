@@ -22,9 +22,7 @@ def peer_frame(kind: Kind, *, body: bytes = b"", **fields: int) -> bytes:
 def opened(count: int = 8) -> bytes:
     job = MemoryJob(terms(1, 1))
     job.begin(0, ReduceOp.AVG, np.zeros(count, dtype=np.float32))
-    data = job.peers[0].next_control(0)
-    assert data is not None
-    return data
+    return b"".join(job.peers[0].take_control(0))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +130,6 @@ def test_a_result_for_bytes_that_have_not_left_the_peer_is_refused() -> None:
     """It would overwrite what is still to be sent, and the rank would contradict itself."""
     job = MemoryJob(terms(1, 1))
     job.begin(0, ReduceOp.SUM, np.ones(100_000, dtype=np.float32))
-    assert job.peers[0].next_control(0) is not None
     assert job.peers[0].next_upload(lambda _: True, patient=False) is not None
     early = peer_frame(Kind.RESULT, step=1, length=16 * KIB) + bytes(1)
     with pytest.raises(BadFrame, match="0 were sent"):
