@@ -180,8 +180,11 @@ class PeerJob:
         try:
             await self._wait(step, started, enter_timeout_s, timeout_s)
         finally:
-            self.session.give_up("the caller gave up")  # unless it is over
-            self._pump()
+            if not step.done and not self.abort("the caller gave up"):
+                given_up = JobClosed(f"step {step.number} was given up, after its acknowledgement")
+                self.session.forsake(given_up)
+                # It does not learn how the step ended, and so not how the next one is cut.
+                self._leave(str(given_up))
             self._rest_queues()
             step.release()
         if step.phase is Phase.COMMITTED:

@@ -167,15 +167,11 @@ class PeerSession:
         self._fail(step, error, Abort(code=code, message=message, rank=self.rank))
         return True
 
-    def give_up(self, message: str) -> None:
-        """Ends the step here because nobody waits for it any more, even if this rank is bound:
-        then its tensor is as it was, and other ranks may hold the result."""
-        step = self.step
-        if step is None or step.done:
-            return
-        error = JobClosed(f"step {step.number} was given up: {message}")
-        if not self.abort("peer_abort", message, error):
-            step.fail(error)
+    def forsake(self, error: MapReduceError) -> None:
+        """Ends a step that this rank is bound to, because nobody waits for it any more. Its tensor
+        is as it was, other ranks may hold the result: the caller must leave the job."""
+        if self.step is not None and not self.step.done:
+            self.step.fail(error)
 
     def resolve(self, committed: bool | None) -> None:
         """Ends a step that is in doubt: committed or not, None if nobody knows."""

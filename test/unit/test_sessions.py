@@ -286,11 +286,25 @@ def test_an_acknowledged_rank_may_not_abort_and_learns_the_outcome_from_the_othe
     steps = job.all_reduce(gradients(2, 200_000))
     while any(step.phase is Phase.RUNNING for step in steps):
         job.run_some(1)
-    assert not job.peers[0].abort("peer_abort", "Ctrl+C", StepAborted(1, 1, "Ctrl+C"))
+    interrupted = StepAborted(1, 1, "Ctrl+C")
+    assert not job.peers[0].abort("peer_abort", "Ctrl+C", interrupted)
     job.cut(0, 0)
     job.run()
     # Miner 0 may have this rank's acknowledgement or not; miner 1 is going to.
     assert steps[0].phase is Phase.COMMITTED
+    assert steps[1].phase is Phase.COMMITTED
+
+
+def test_a_bound_rank_that_forsakes_its_step_has_its_tensor_back() -> None:
+    job = MemoryJob(terms(2, 2))
+    tensors = gradients(2, 200_000)
+    steps = job.all_reduce(tensors)
+    while steps[0].phase is Phase.RUNNING:
+        job.run_some(1)
+    job.peers[0].forsake(StepAborted(1, 1, "Ctrl+C"))
+    assert bytes(job.results[0]) == tensors[0].tobytes()
+    job.run()
+    assert steps[0].phase is Phase.FAILED
     assert steps[1].phase is Phase.COMMITTED
 
 
