@@ -1,7 +1,7 @@
-"""What the inner loops cost, beside memory bandwidth: `make bench-micro`.
+"""What a miner's processor does with bytes, beside what its memory moves: `make bench-micro`.
 
-Reduce kernels, frames and hashing, each alone in a process: no sockets, no event loop. Bytes are
-input bytes; one run is long enough that nothing of it stays in a cache.
+Reduce kernels, frame headers and hashes alone, without sockets, on one thread and on two: whether
+two threads are faster tells whether the interpreter's lock is dropped meanwhile.
 """
 
 from __future__ import annotations
@@ -9,17 +9,20 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
+import importlib.util
 import statistics
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bench import floor
+from bench.lab import LOOPBACK
 from bench.report import (
-    FLOOR,
-    OURS,
-    Row,
+    COLORS,
     add_output_flags,
     figure,
     parse,
@@ -28,6 +31,7 @@ from bench.report import (
     run_program,
     save,
     settings_of_run,
+    size,
     write_json,
 )
 from mapreduce.core.dtypes import DType
@@ -38,158 +42,228 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-MIB = 1 << 20
-COPIED = 256 * MIB
-REDUCED = 64 * MIB  # of each contributor
-HASHED = 64 * MIB
-RUN_BYTES = MIB  # reduced in one call, as a miner does when frames come fast
-FRAMES = 4000
-FRAME_SIZES = (16 << 10, 64 << 10, MIB)
-CONTRIBUTORS = (2, 4, 8)
+    Work = Callable[[], int]  # does a piece of work; returns how many bytes that was
+
+RUNS = 7
+RUN_S = 0.1
 THREADS = (1, 2)
-THREADED = 4  # contributors of the kernels that are also run on several threads
-KERNELS = (
-    (DType.FLOAT32, ReduceOp.SUM),
-    (DType.FLOAT32, ReduceOp.AVG),
-    (DType.FLOAT64, ReduceOp.SUM),
-    (DType.BFLOAT16, ReduceOp.SUM),
-    (DType.FLOAT16, ReduceOp.SUM),
-    (DType.INT32, ReduceOp.SUM),
-)
+COPY_BYTES = 256 << 20  # much larger than the caches
+WINDOW_BYTES = 4 << 20  # of a contributor; a miner's default
+RUN_BYTES = 1 << 20  # what is reduced or hashed at a time
+FRAME_BYTES = (16 << 10, 64 << 10, 1 << 20)
+CONTRIBUTORS = (2, 4, 8)
+DTYPES = (DType.FLOAT32, DType.FLOAT64, DType.FLOAT16, DType.BFLOAT16, DType.INT32)
+SOCKET_BYTES = 2 << 30
+LINE_BYTES_PER_S = 1.25e9  # 10 Gbit/s
 
 
-def rate(nbytes: int, runs: int, works: Sequence[Callable[[], object]]) -> float:
-    """Bytes per second, median of `runs`, when the works, which share `nbytes`, go side by side."""
-    with ThreadPoolExecutor(len(works)) as pool:
-        seconds = []
-        for _ in range(runs + 1):
-            started = time.perf_counter()
-            for future in [pool.submit(work) for work in works]:
-                future.result()
-            seconds.append(time.perf_counter() - started)
-    return nbytes / statistics.median(seconds[1:])  # the first one touched the memory
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """Bytes per second of one kind of work, on one thread and on two together."""
+
+    part: str
+    name: str
+    one_bytes_per_s: float
+    two_bytes_per_s: float
 
 
-def copying(threads: int, runs: int) -> float:
-    source, target = np.ones(COPIED, np.uint8), np.empty(COPIED, np.uint8)
-    halves = zip(np.split(source, threads), np.split(target, threads), strict=True)
-    works = [lambda a=a, b=b: np.copyto(b, a) for a, b in halves]
-    return rate(COPIED, runs, works)
+# Measuring ------------------------------------------------------------------------------------
 
 
-def reducing(dtype: DType, op: ReduceOp, contributors: int, threads: int, runs: int) -> float:
-    """The runs of a segment one after the other; each thread has its share and its own Reducer."""
-    numbers = np.random.default_rng(0).integers(1, 100, REDUCED // dtype.itemsize)
-    inputs = [_encoded(numbers, dtype) for _ in range(contributors)]
-    output = np.empty(REDUCED, np.uint8)
-    starts = np.split(np.arange(0, REDUCED, RUN_BYTES), threads)
-
-    def share(mine: Any) -> None:
-        reducer = Reducer(dtype, op, contributors, RUN_BYTES)
-        for start in mine:
-            where = slice(start, start + RUN_BYTES)
-            reducer.reduce([data[where] for data in inputs], output[where].data)
-
-    works = [lambda mine=mine: share(mine) for mine in starts]
-    return rate(contributors * REDUCED, runs, works)
+def rate_of(part: str, name: str, make: Callable[[], Work]) -> Rate:
+    """Median of RUNS; `make` prepares a thread's own buffers."""
+    works = [make() for _ in range(max(THREADS))]
+    one, two = (
+        statistics.median(bytes_per_s(works[:count]) for _ in range(RUNS)) for count in THREADS
+    )
+    rate = Rate(part=part, name=name, one_bytes_per_s=one, two_bytes_per_s=two)
+    print(f"{name:<32}{one / 1e9:10.2f}{two / 1e9:10.2f}{two / one:8.2f}", flush=True)
+    return rate
 
 
-def _encoded(numbers: Any, dtype: DType) -> memoryview:
-    """The numbers as a contribution's bytes; bfloat16 is the upper half of float32."""
+def bytes_per_s(works: Sequence[Work]) -> float:
+    """Of all threads together, for RUN_S seconds."""
+    done = [0] * len(works)
+    start = threading.Barrier(len(works) + 1)
+
+    def work(index: int) -> None:
+        works[index]()  # warm
+        start.wait()
+        until = time.perf_counter() + RUN_S
+        while time.perf_counter() < until:
+            done[index] += works[index]()
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(works))]
+    for thread in threads:
+        thread.start()
+    start.wait()
+    started = time.perf_counter()
+    for thread in threads:
+        thread.join()
+    return sum(done) / (time.perf_counter() - started)
+
+
+# The kinds of work ----------------------------------------------------------------------------
+
+
+def copying() -> Work:
+    """The memory's bandwidth: bytes copied, each of which is read once and written once."""
+    source, target = np.ones(COPY_BYTES, np.uint8), np.zeros(COPY_BYTES, np.uint8)
+    place = 0
+
+    def work() -> int:
+        nonlocal place
+        np.copyto(target[place : place + RUN_BYTES], source[place : place + RUN_BYTES])
+        place = (place + RUN_BYTES) % COPY_BYTES
+        return RUN_BYTES
+
+    return work
+
+
+def reducing(dtype: DType, contributors: int) -> Work:
+    """Contributions read per second; runs that follow each other in a window per contributor."""
+    values = np.arange(WINDOW_BYTES // 4, dtype=np.uint32) % 251
+    plain = {DType.BFLOAT16: np.dtype("<f4")}.get(dtype, dtype.storage)
+    array = values[: WINDOW_BYTES // plain.itemsize].astype(plain)
     if dtype is DType.BFLOAT16:
-        upper = numbers.astype(np.float32).view(np.uint32) >> 16
-        return memoryview(upper.astype(np.uint16).view(np.uint8))
-    return memoryview(numbers.astype(dtype.storage).view(np.uint8))
+        array = np.tile((array.view("<u4") >> 16).astype("<u2"), 2)
+    windows = [array.copy().view(np.uint8).data for _ in range(contributors)]
+    ring = memoryview(bytearray(WINDOW_BYTES))
+    reducer = Reducer(dtype, ReduceOp.SUM, contributors, RUN_BYTES)
+    place = 0
+
+    def work() -> int:
+        nonlocal place
+        span = slice(place, place + RUN_BYTES)
+        reducer.reduce([window[span] for window in windows], ring[span])
+        place = (place + RUN_BYTES) % WINDOW_BYTES
+        return RUN_BYTES * contributors
+
+    return work
 
 
-def framing(frame_bytes: int, runs: int) -> float:
-    """Frames per second, encoded by one side and read by the other; the payload stays where it
-    is."""
-    memory = memoryview(bytearray(frame_bytes))
-    reader = FrameReader(lambda header, received: memory[received:], lambda header, body: None)
+def framing(nbytes: int) -> Work:
+    """One DATA frame made and one taken apart; its payload is not touched."""
+    place = memoryview(bytearray(nbytes))
+    frames = 0
 
-    def carry() -> None:
-        for number in range(FRAMES):
-            offset = number * frame_bytes
-            head = Header(kind=Kind.DATA, step=1, offset=offset, length=frame_bytes).encode()
-            reader.get_buffer()[:] = head
-            reader.buffer_updated(len(head))
-            reader.buffer_updated(len(reader.get_buffer()))
+    def payload_buffer(_: Header, received: int) -> memoryview:
+        return place[received:]
 
-    return rate(FRAMES, runs, [carry])
+    def frame_received(_header: Header, _body: memoryview) -> None:
+        nonlocal frames
+        frames += 1
 
+    reader = FrameReader(payload_buffer, frame_received)
 
-def hashing(threads: int, runs: int) -> tuple[str, float]:
-    """By BLAKE3 where it is installed, else by the standard library's BLAKE2b."""
-    try:
-        digest = importlib.import_module("blake3").blake3
-    except ImportError:
-        digest = hashlib.blake2b
-    parts = np.split(np.ones(HASHED, np.uint8), threads)
-    works = [lambda part=part: digest(part.data).digest() for part in parts]
-    return digest.__name__, rate(HASHED, runs, works)
+    def work() -> int:
+        reader.feed(Header(kind=Kind.DATA, step=1, offset=0, length=nbytes).encode())
+        reader.buffer_updated(len(reader.get_buffer()))
+        return nbytes
+
+    return work
 
 
-def measure(runs: int) -> list[Row]:
-    """Every figure; `GB_per_s` is absent where bytes are not touched."""
-    progress("memory")
-    copies = {threads: copying(threads, runs) for threads in THREADS}
-    rows: list[Row] = []
+def hashing(algorithm: Callable[[memoryview], object]) -> Work:
+    """A digest of each block of RUN_BYTES."""
+    data = memoryview(bytes(WINDOW_BYTES))
+    place = 0
 
-    def add(what: str, threads: int, bytes_per_s: float, **others: Any) -> None:
-        share = bytes_per_s / copies[threads]
-        row = {"what": what, "threads": threads, "GB_per_s": bytes_per_s / 1e9, "x_copy": share}
-        rows.append(row | others)
-        print(f"{what:<34}{threads:>8}{bytes_per_s / 1e9:10.2f}{share:10.2f}", flush=True)
+    def work() -> int:
+        nonlocal place
+        algorithm(data[place : place + RUN_BYTES])
+        place = (place + RUN_BYTES) % WINDOW_BYTES
+        return RUN_BYTES
 
-    for threads, bytes_per_s in copies.items():
-        add("copy", threads, bytes_per_s)
-    for dtype, op in KERNELS:
-        progress(f"{dtype.label} {op.label}")
+    return work
+
+
+def blake2b(run: memoryview) -> bytes:
+    return hashlib.blake2b(run, digest_size=32).digest()
+
+
+def blake3() -> Callable[[memoryview], object] | None:
+    """The digest of a run, where the package is installed."""
+    if importlib.util.find_spec("blake3") is None:
+        return None
+    module = importlib.import_module("blake3")
+    return lambda run: module.blake3(run).digest()
+
+
+# The program ----------------------------------------------------------------------------------
+
+
+def measure_all() -> list[Rate]:
+    """Everything, printed as it comes."""
+    rates = [rate_of("memory", "copy", copying)]
+    for dtype in DTYPES:
         for count in CONTRIBUTORS:
-            for threads in THREADS if count == THREADED else THREADS[:1]:
-                bytes_per_s = reducing(dtype, op, count, threads, runs)
-                add(f"{op.label} of {count} {dtype.label}", threads, bytes_per_s)
-    progress("frames")
-    for frame_bytes in FRAME_SIZES:
-        per_s = framing(frame_bytes, runs)
-        name = f"frames of {frame_bytes >> 10} KiB, {per_s / 1e3:.0f} k/s"
-        add(name, 1, per_s * frame_bytes, frames_per_s=per_s)
-    progress("hashing")
-    for threads in THREADS:
-        name, bytes_per_s = hashing(threads, runs)
-        add(name, threads, bytes_per_s)
-    return rows
+            make = partial(reducing, dtype, count)
+            rates.append(rate_of("reduce", f"reduce {dtype.label}, K={count}", make))
+    for nbytes in FRAME_BYTES:
+        rate = rate_of("frame", f"frames of {size(nbytes)}", partial(framing, nbytes))
+        print(f"    {rate.one_bytes_per_s / nbytes / 1e3:.0f} thousand frames a second")
+        rates.append(rate)
+    rates.append(rate_of("hash", "blake2b", partial(hashing, blake2b)))
+    algorithm = blake3()
+    if algorithm is None:
+        print("blake3: not installed")
+    else:
+        rates.append(rate_of("hash", "blake3", partial(hashing, algorithm)))
+    return rates
 
 
-def draw(path: Path, rows: Sequence[Row]) -> None:
-    """A bar per kernel and hash; frames, which move no bytes, are left out."""
-    shown = [row for row in rows if "frames_per_s" not in row]
-    drawing, axes = figure(1, 1, 8, 0.8 + 0.22 * len(shown))
-    names = [f"{row['what']}, {row['threads']} thread(s)" for row in shown]
-    bars = axes.barh(names, [row["GB_per_s"] for row in shown], color=OURS)
-    axes.bar_label(bars, fmt=" %.1f", fontsize=7)
-    axes.axvline(shown[0]["GB_per_s"], color=FLOOR, linewidth=0.8)
-    axes.tick_params(labelsize=7)
+def miner_need(rates: Sequence[Rate]) -> dict[str, float]:
+    """CPU seconds per GB that a miner receives, reduces and sends at least: raw sockets, the
+    float32 kernel and frame headers."""
+    progress("raw sockets")
+    raw = floor.one_way(SOCKET_BYTES, LOOPBACK)
+    one = {rate.name: rate.one_bytes_per_s for rate in rates}
+    return {
+        "receive": raw.receive_cpu_s_per_GB,
+        "reduce": 1e9 / one[f"reduce {DType.FLOAT32.label}, K=4"],
+        "send": raw.send_cpu_s_per_GB,
+        "frames": 2e9 / one[f"frames of {size(FRAME_BYTES[1])}"],  # in and out
+    }
+
+
+def draw(path: Path, rates: Sequence[Rate]) -> None:
+    drawing, axes = figure(1, 1, 8, 6)
+    # Frames are not drawn: their payload is not touched, so that their rate dwarfs all others.
+    rates = [rate for rate in rates if rate.part != "frame"]
+    places = range(len(rates))
+    for shift, label, color in ((-0.2, "one", COLORS["gloo"]), (0.2, "two", COLORS["ours"])):
+        values = [getattr(rate, f"{label}_bytes_per_s") / 1e9 for rate in rates]
+        name = f"{label} thread{'s' if label == 'two' else ''}"
+        axes.barh([place + shift for place in places], values, 0.4, color=color, label=name)
+    axes.set_yticks(places, [rate.name for rate in rates], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("GB/s of input; the line is memory bandwidth of one thread (copying)")
+    axes.set_xlabel("GB/s")
+    axes.legend(fontsize=8)
     save(drawing, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--runs", type=int, default=7, help="of each figure; the median counts")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add_output_flags(parser)
     options = parse(parser)
-    if options.runs < 1:
-        parser.error(f"--runs {options.runs}: 1 or more")
-    settings = settings_of_run()
+    settings = settings_of_run(run_bytes=RUN_BYTES, window_bytes=WINDOW_BYTES)
     print_settings(settings)
-    print(f"{'what':<34}{'threads':>8}{'GB/s':>10}{'x copy':>10}")
-    rows = measure(options.runs)
-    write_json(options.json, settings, rows=rows)
+    print(
+        f"GB/s, median of {RUNS}. copy: bytes copied; reduce: contributions read; frames: payload,"
+    )
+    print("which is not touched; hashes: bytes read")
+    print(f"{'':<32}{'1 thread':>10}{'2 threads':>10}{'ratio':>8}")
+    rates = measure_all()
+    need = miner_need(rates)
+    total = sum(need.values())
+    parts = " + ".join(f"{part} {seconds:.3f}" for part, seconds in need.items())
+    print(f"a miner of float32, K=4, needs at least {parts} = {total:.2f} CPU s per GB")
+    print(f"at 10 Gbit/s each way: {total * LINE_BYTES_PER_S / 1e9:.2f} cores")
+    results = [asdict(rate) for rate in rates]
+    write_json(options.json, settings, rates=results, miner_cpu_s_per_GB=need)
     if options.png is not None:
-        draw(options.png, rows)
+        draw(options.png, rates)
 
 
 if __name__ == "__main__":
