@@ -13,6 +13,7 @@ import importlib.util
 import statistics
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -83,24 +84,18 @@ def rate_of(part: str, name: str, make: Callable[[], Work]) -> Rate:
 
 def bytes_per_s(works: Sequence[Work]) -> float:
     """Of all threads together, for RUN_S seconds."""
-    done = [0] * len(works)
-    start = threading.Barrier(len(works) + 1)
+    start = threading.Barrier(len(works), timeout=60.0)
 
-    def work(index: int) -> None:
-        works[index]()  # warm
+    def work(go: Work) -> tuple[int, float]:
+        go()  # warm
         start.wait()
-        until = time.perf_counter() + RUN_S
-        while time.perf_counter() < until:
-            done[index] += works[index]()
+        started, done = time.perf_counter(), 0
+        while time.perf_counter() < started + RUN_S:
+            done += go()
+        return done, time.perf_counter() - started
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(works))]
-    for thread in threads:
-        thread.start()
-    start.wait()
-    started = time.perf_counter()
-    for thread in threads:
-        thread.join()
-    return sum(done) / (time.perf_counter() - started)
+    with ThreadPoolExecutor(len(works)) as pool:
+        return sum(done / seconds for done, seconds in pool.map(work, works))
 
 
 # The kinds of work ----------------------------------------------------------------------------
@@ -108,7 +103,7 @@ def bytes_per_s(works: Sequence[Work]) -> float:
 
 def copying() -> Work:
     """The memory's bandwidth: bytes copied, each of which is read once and written once."""
-    source, target = np.ones(COPY_BYTES, np.uint8), np.zeros(COPY_BYTES, np.uint8)
+    source, target = np.ones(COPY_BYTES, np.uint8), np.ones(COPY_BYTES, np.uint8)
     place = 0
 
     def work() -> int:
@@ -122,12 +117,12 @@ def copying() -> Work:
 
 def reducing(dtype: DType, contributors: int) -> Work:
     """Contributions read per second; runs that follow each other in a window per contributor."""
-    values = np.arange(WINDOW_BYTES // 4, dtype=np.uint32) % 251
-    plain = {DType.BFLOAT16: np.dtype("<f4")}.get(dtype, dtype.storage)
-    array = values[: WINDOW_BYTES // plain.itemsize].astype(plain)
-    if dtype is DType.BFLOAT16:
-        array = np.tile((array.view("<u4") >> 16).astype("<u2"), 2)
-    windows = [array.copy().view(np.uint8).data for _ in range(contributors)]
+    values = np.arange(WINDOW_BYTES // dtype.itemsize) % 251
+    if dtype is DType.BFLOAT16:  # the upper half of a float32
+        array = (values.astype("<f4").view("<u4") >> 16).astype("<u2")
+    else:
+        array = values.astype(dtype.storage)
+    windows = [memoryview(array.tobytes()) for _ in range(contributors)]
     ring = memoryview(bytearray(WINDOW_BYTES))
     reducer = Reducer(dtype, ReduceOp.SUM, contributors, RUN_BYTES)
     place = 0
