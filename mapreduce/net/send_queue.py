@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import sys
 from typing import TYPE_CHECKING
 
 from mapreduce.wire.schedule import queue_bytes_for
@@ -37,32 +38,32 @@ class SendQueue:
         self.bytes_per_s = 0.0
         self._socket = transport.get_extra_info("socket")
         self._limit = 0  # what the buffer was set to; 0: the kernel decides
-        self._since: tuple[float, int] | None = None  # loop time and bytes acknowledged by then
+        self._since: tuple[float, int] | None = None  # seconds, bytes acknowledged by then
 
     def rest(self) -> None:
         """Nothing is to be sent for a while: the time until the next `measure` is no rate."""
         self._since = None
 
     def measure(self, now: float) -> None:
-        """Takes the rate since the last call, at `now` in seconds, and sets the buffer for it."""
-        option = getattr(socket, "TCP_INFO", None)
-        if option is None:
+        """Takes the rate since the last call, at `now` in seconds, and sets the buffer for it. A
+        time in which nothing was carried, such as that until the last rank enters, tells nothing.
+        """
+        if sys.platform != "linux":
             return
         try:
-            info = self._socket.getsockopt(socket.IPPROTO_TCP, option, _TCP_INFO.size)
+            info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
         except OSError:  # closed meanwhile
             return
         if len(info) < _TCP_INFO.size:
             return
         mss, acked, round_trip_us = _TCP_INFO.unpack(info)
         since, self._since = self._since, (now, acked)
-        if since is None or now <= since[0]:
+        if since is None or now <= since[0] or acked <= since[1]:
             return
         rate = (acked - since[1]) / (now - since[0])
         self.bytes_per_s = max(rate, FORGET * self.bytes_per_s)
-        if self.bytes_per_s > 0:
-            wanted = queue_bytes_for(self.bytes_per_s, round_trip_us * 1e-6)
-            self._limit_to(max(wanted, MIN_SEGMENTS * mss))
+        wanted = queue_bytes_for(self.bytes_per_s, round_trip_us * 1e-6)
+        self._limit_to(max(wanted, MIN_SEGMENTS * mss))
 
     def _limit_to(self, nbytes: int) -> None:
         if self._limit and 1 / CHANGE < nbytes / self._limit < CHANGE:

@@ -56,10 +56,9 @@ class FrameStream(asyncio.BufferedProtocol):
     """One stream's protocol. `index` is whatever its owner knows it by.
 
     `write` is called only while `writable`: then the transport holds no bytes of ours, and a buffer
-    is free again as soon as the stream is writable again. `queue` is what the kernel holds, once
-    the stream is open. On asyncio
-    the transport copies what the socket did not take at once, uvloop keeps the view; both let go of
-    it before they call `resume_writing`.
+    is free again as soon as the stream is writable again. uvloop keeps views of what the socket did
+    not take at once, asyncio copies it (and Python 3.11's joins the pieces before); both let go of
+    it before they call `resume_writing`. `queue` is what the kernel holds, once the stream is open.
     """
 
     def __init__(self, owner: StreamOwner, reader: FrameReader, index: int) -> None:

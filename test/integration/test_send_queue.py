@@ -65,7 +65,10 @@ def test_a_rate_is_what_was_acknowledged_between_two_measurements() -> None:
             await ours.carry(4 * MB)
             ours.queue.measure(10.5)
             assert ours.queue.bytes_per_s == pytest.approx(8 * MB, rel=0.05)
-            ours.queue.measure(11.0)  # nothing was sent: that may have been our own doing
+            ours.queue.measure(11.0)  # nothing was sent, so that tells nothing
+            assert ours.queue.bytes_per_s == pytest.approx(8 * MB, rel=0.05)
+            await ours.carry(1000)
+            ours.queue.measure(12.0)  # less was: that may have been our own queue's doing
             assert ours.queue.bytes_per_s == pytest.approx(FORGET * 8 * MB, rel=0.05)
             ours.queue.rest()
             await ours.carry(4 * MB)
