@@ -108,7 +108,8 @@ def figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, A
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained")
+    drawing, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained")
+    return drawing, axes
 
 
 def save(drawing: Any, path: Path) -> None:
