@@ -80,7 +80,7 @@ def _gloo(case: Case, world: World) -> list[float]:
         else:
             dist.all_reduce(tensor)
 
-    seconds = time_steps(case, world.rank, collective)
+    seconds = time_steps(case, world.rank, collective, dist.barrier)
     dist.destroy_process_group()
     return seconds
 

@@ -72,17 +72,30 @@ def outcome(case: Case) -> int:
     return sum(contribution(case, rank) for rank in range(case.peers))
 
 
-def time_steps(case: Case, rank: int, collective: Callable[[torch.Tensor], object]) -> list[float]:
+def time_steps(
+    case: Case,
+    rank: int,
+    collective: Callable[[torch.Tensor], object],
+    gather_ranks: Callable[[], object] | None = None,
+) -> list[float]:
     """Seconds of every step of one rank, warm-up included. The values are checked in the first
-    step and in one more, which is not timed: a fast wrong answer is none."""
+    step and in one more, which is not timed: a fast wrong answer is none.
+
+    `gather_ranks` is called before each step, off the clock, where a rank may leave a collective
+    before the others hold its result: else it would begin the next one meanwhile, and what is timed
+    were the period of the steps, not their time.
+    """
     import torch
 
+    torch.set_num_threads(1)  # the threads of a fill would spin on into the step
     tensor = torch.empty(case.nbytes // 4)
     seconds = []
     for step in range(case.timed_steps + 1):
         last = step == case.timed_steps
         if step % RENEWED_EVERY == 0 or last:
             fill(tensor, contribution(case, rank))
+        if gather_ranks is not None:
+            gather_ranks()
         started = time.perf_counter()
         collective(tensor)
         seconds.append(time.perf_counter() - started)
