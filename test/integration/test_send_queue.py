@@ -72,7 +72,7 @@ def test_a_rate_is_what_was_acknowledged_between_two_measurements() -> None:
             assert ours.queue.bytes_per_s == pytest.approx(FORGET * 8 * MB, rel=0.05)
             ours.queue.rest()
             await ours.carry(4 * MB)
-            ours.queue.measure(11.001)
+            ours.queue.measure(12.001)  # without the rest: 4 GB/s
             assert ours.queue.bytes_per_s < 8 * MB
 
     asyncio.run(run())
@@ -103,7 +103,6 @@ def test_where_the_system_caps_the_buffer_the_kernel_decides() -> None:
             ours.queue.measure(0.0)
             await ours.carry(MB)
             ours.queue.measure(1e-6)  # a petabyte per second
-            assert ours.send_buffer < 1 << 30
             locks = ours.socket.getsockopt(socket.SOL_SOCKET, 72)  # SO_BUF_LOCK
             assert locks & 1 == 0
 
