@@ -27,6 +27,7 @@ setup(
     install_requires=[
         "aiohttp>=3.14,<4",
         "bittensor>=11.3,<11.4",
+        "blake3>=1.0,<2",
         "numpy>=1.26",
         "psutil>=5.9",
         "pydantic>=2.7,<3",

@@ -24,6 +24,7 @@ LAYERS = (
     (
         "mapreduce.net",
         "mapreduce.chain",
+        "mapreduce.store",
         "mapreduce.logs",
         "mapreduce.processes",
         "mapreduce.ranks",
