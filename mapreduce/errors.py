@@ -28,6 +28,10 @@ Knows the texts a person reads; ranks in them count from 1, as in `Peer`.
     |   |   +-- ShapeMismatch      ... on shape
     |   +-- PeerLost               a rank went away inside a step
     |   +-- StepAborted            a rank gave up the step: Ctrl+C, timeout, an error of its own
+    |   +-- IntegrityError         what a party has signed does not fit the data
+    |       +-- MinerFraud         ... proven against a miner; names it and the proof's file
+    |       +-- PeerFraud          ... proven against a rank; names it and the proof's file
+    |       +-- ResultDisputed     ... and nobody can prove who is wrong; names the miner
     +-- Unavailable                nobody is proven guilty: timeout, refused connection
         +-- MinerLost              the stream to a miner broke; names uid, hotkey and segment
         +-- PeerTimeout            a rank did not enter or finish the step in time
@@ -200,6 +204,80 @@ class StepAborted(StepFailed):
         by = "a miner" if rank is None else f"rank {rank}"
         super().__init__(f"step {step} was aborted by {by}: {reason}")
         self.step = step
+        self.rank = rank
+
+
+class IntegrityError(StepFailed):
+    """What a party has signed does not fit the data, or another statement of its own.
+
+    `step` and `segment` say where; `proof` holds the evidence, empty where there is none, and
+    `proof_path` the file it was saved to, None while it is not.
+    """
+
+    def __init__(self, message: str, *, step: int, segment: int, proof: bytes = b"") -> None:
+        super().__init__(message)
+        self.step = step
+        self.segment = segment
+        self.proof = proof
+        self.proof_path: str | None = None
+
+    def saved(self, path: str) -> None:
+        """The proof is in this file now; the message says so from now on."""
+        self.proof_path = path
+        self.args = (f"{self.args[0]}; check it: python -m mapreduce.verify {path}",)
+
+    def not_saved(self, reason: str) -> None:
+        """The proof could not be written; the message says why."""
+        self.args = (f"{self.args[0]}; its proof could not be saved: {reason}",)
+
+
+class MinerFraud(IntegrityError):
+    """A miner has signed what it can be proven not to be; `uid` and `hotkey` name it."""
+
+    def __init__(
+        self, uid: int, hotkey: str, what: str, *, step: int, segment: int, proof: bytes
+    ) -> None:
+        super().__init__(
+            f"miner uid {uid} ({hotkey}) is proven to have lied in step {step}, segment "
+            f"{segment}: {what}",
+            step=step,
+            segment=segment,
+            proof=proof,
+        )
+        self.uid = uid
+        self.hotkey = hotkey
+
+
+class PeerFraud(IntegrityError):
+    """A rank (from 1) has signed two things of which one is a lie."""
+
+    def __init__(self, rank: int, what: str, *, step: int, segment: int, proof: bytes) -> None:
+        super().__init__(
+            f"rank {rank} is proven to have lied in step {step}, segment {segment}: {what}",
+            step=step,
+            segment=segment,
+            proof=proof,
+        )
+        self.rank = rank
+
+
+class ResultDisputed(IntegrityError):
+    """A miner and a rank say different things of the same bytes, and neither is proven wrong.
+
+    `uid` and `hotkey` name the miner, `rank` (from 1) who disagrees with it.
+    """
+
+    def __init__(
+        self, uid: int, hotkey: str, rank: int, what: str, *, step: int, segment: int
+    ) -> None:
+        super().__init__(
+            f"step {step}, segment {segment}: miner uid {uid} ({hotkey}) and rank {rank} disagree: "
+            f"{what}",
+            step=step,
+            segment=segment,
+        )
+        self.uid = uid
+        self.hotkey = hotkey
         self.rank = rank
 
 

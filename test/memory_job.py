@@ -18,12 +18,17 @@ from mapreduce.core.dtypes import dtype_from_numpy
 from mapreduce.core.partition import BLOCK_BYTES
 from mapreduce.core.reduce import ReduceOp
 from mapreduce.errors import BadFrame
+from mapreduce.net.auth import signer
 from mapreduce.wire.bodies import TensorSpec
 from mapreduce.wire.miner_session import MinerSession
-from mapreduce.wire.peer_session import MinerName, PeerSession, Phase, Step
+from mapreduce.wire.peer_session import PeerSession, Phase, Step
 from mapreduce.wire.peer_step import Target
+from mapreduce.wire.peer_trust import Signatory
+from test.parties import Parties
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mapreduce.wire.terms import Terms
 
 
@@ -38,18 +43,36 @@ class Stream:
 
 class MemoryJob:
     """K peers and N miners. `socket_bytes` bounds what a socket takes before it is no longer
-    writable."""
+    writable; `peer` and `miner` make the session of an index, for those that lie."""
 
-    def __init__(self, terms: Terms, seed: int = 0, socket_bytes: int = 32 * 1024) -> None:
+    def __init__(
+        self,
+        terms: Terms,
+        seed: int = 0,
+        socket_bytes: int = 32 * 1024,
+        *,
+        audit_budget: float = 0.01,
+        peer: Callable[..., PeerSession] = PeerSession,
+        miner: Callable[..., MinerSession] = MinerSession,
+    ) -> None:
         self.terms = terms
         self.random = random.Random(seed)
         self.socket_bytes = socket_bytes
-        names = [MinerName(uid=10 + m, hotkey=f"miner-{m}") for m in range(terms.miner_count)]
+        self.parties = Parties(terms, audit_budget=audit_budget)
         self.now = 0.0  # seconds; one move takes a millisecond
         self.peers = [
-            PeerSession(terms, rank, names, lambda: self.now) for rank in range(terms.peer_count)
+            peer(
+                terms,
+                Signatory(self.parties.keys, rank, signer(key), self.random.randbytes),
+                lambda: self.now,
+                audit_budget,
+            )
+            for rank, key in enumerate(self.parties.sessions)
         ]
-        self.miners = [MinerSession(terms, m) for m in range(terms.miner_count)]
+        self.miners = [
+            miner(terms, m, self.parties.keys, signer(key))
+            for m, key in enumerate(self.parties.miners)
+        ]
         self.streams = {
             (p, m): Stream() for p in range(terms.peer_count) for m in range(terms.miner_count)
         }

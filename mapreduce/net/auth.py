@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING
 from bittensor import http_auth
 from bittensor.sp_core import CRYPTO_ED25519, CRYPTO_SR25519, Keypair, verify
 
-from mapreduce.errors import BadMessage
-
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 MAX_AGE_S = http_auth.DEFAULT_MAX_AGE
 ALLOWED_SKEW_S = http_auth.DEFAULT_ALLOWED_SKEW
@@ -101,21 +99,19 @@ def _clock_message(headers: Mapping[str, str]) -> str:
     )
 
 
-def sign_statement(key: Keypair, kind: str, text: str) -> str:
-    """The signature, in hex, of a statement that third parties may check."""
-    return bytes(key.sign(_statement(kind, text))).hex()
+def signer(key: Keypair) -> Callable[[bytes], bytes]:
+    """Signs statements with this key; they name their kind themselves (`wire/statements.py`)."""
+
+    def sign(statement: bytes) -> bytes:
+        return bytes(key.sign(statement))
+
+    return sign
 
 
-def check_statement(signer: str, kind: str, text: str, signature: str) -> None:
-    """Raises BadMessage unless the sr25519 hotkey `signer` signed the statement."""
+def verify_signature(signer: str, statement: bytes, signature: bytes, *, session_key: bool) -> bool:
+    """Whether this address signed the statement: a session key (ed25519) or a hotkey (sr25519)."""
     try:
-        valid = verify(_statement(kind, text), bytes.fromhex(signature), signer, CRYPTO_SR25519)
-    except ValueError:
-        valid = False
-    if not valid:
-        raise BadMessage(f"the signature of this {kind} is not {signer}'s")
-
-
-def _statement(kind: str, text: str) -> bytes:
-    # The kind in front keeps a signature from being valid for another sort of statement.
-    return f"mapreduce/1 {kind}\n{text}".encode()
+        crypto = CRYPTO_ED25519 if session_key else CRYPTO_SR25519
+        return bool(verify(statement, signature, signer, crypto))
+    except ValueError:  # no address, or no signature at all
+        return False

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import os
 import random
@@ -19,7 +18,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mapreduce import __version__
+from mapreduce.core.challenge import DEFAULT_BUDGET
 from mapreduce.errors import BadMessage, MapReduceError, Refused
+from mapreduce.net.auth import verify_signature
 from mapreduce.net.client import Remote, call
 from mapreduce.net.server import BODY, CALLER, json_response
 from mapreduce.services.grants import read_grant, sign_grant
@@ -35,6 +36,7 @@ from mapreduce.wire.messages import (
     SignedGrant,
     decode_message,
 )
+from mapreduce.wire.statements import session_key_statement
 from mapreduce.wire.terms import Terms
 
 if TYPE_CHECKING:
@@ -57,11 +59,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What this validator grants: bytes, and seconds that ranks wait for each other at most."""
+    """What this validator grants: bytes, seconds that ranks wait for each other at most, and the
+    share of a job's traffic that audits may add."""
 
     window_bytes: int
     frame_bytes: int
     join_timeout_s: float
+    audit_budget: float = DEFAULT_BUDGET
 
 
 @dataclass(slots=True)
@@ -111,7 +115,12 @@ class Coordinator:
         if request[CALLER].is_session_key:
             raise Refused("a job is joined with a hotkey", code="not_a_hotkey", status=403)
         wanted = decode_message(JoinRequest, request[BODY])
-        group = self._lobby.join(request[CALLER].address, wanted)
+        hotkey = request[CALLER].address
+        delegated = session_key_statement(self.hotkey, wanted.session_key)
+        signature = bytes.fromhex(wanted.delegation)
+        if not verify_signature(hotkey, delegated, signature, session_key=False):
+            raise BadMessage("delegation: the hotkey has not signed for this session key")
+        group = self._lobby.join(hotkey, wanted)
         granted = self._grants.get(group)
         if granted is None:
             granted = self._grants[group] = asyncio.get_running_loop().create_future()
@@ -267,9 +276,9 @@ class Coordinator:
             bandwidth=terms.bandwidth,
             window_bytes=terms.window_bytes,
             frame_bytes=terms.frame_bytes,
-            session_keys=group.session_keys,
+            session_keys=[member.session_key for member in group.ranks],
             miners=miners,
-            nonce_hash=hashlib.sha256(os.urandom(32)).hexdigest(),
+            audit_budget=self._limits.audit_budget,
         )
 
     # Miners -------------------------------------------------------------------------------------

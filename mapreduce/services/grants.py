@@ -7,20 +7,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mapreduce.errors import BadMessage
-from mapreduce.net.auth import check_statement, sign_statement
+from mapreduce.errors import BadMessage, Refused
+from mapreduce.net.auth import signer, verify_signature
 from mapreduce.wire.messages import Grant, SignedGrant, decode_message, encode_message
+from mapreduce.wire.proofs import keys_of
+from mapreduce.wire.statements import grant_statement
+
+MAX_GRANT_AHEAD_S = 2.0  # what btauth allows a clock
 
 if TYPE_CHECKING:
     from bittensor.sp_core import Keypair
 
-_KIND = "grant"
+    from mapreduce.wire.keys import JobKeys
 
 
 def sign_grant(key: Keypair, grant: Grant) -> SignedGrant:
     """The grant as its validator hands it out."""
     text = encode_message(grant).decode()
-    return SignedGrant(grant=text, signature=sign_statement(key, _KIND, text))
+    return SignedGrant(grant=text, signature=signer(key)(grant_statement(text)).hex())
 
 
 def read_grant(signed: SignedGrant, validator: str) -> Grant:
@@ -28,5 +32,39 @@ def read_grant(signed: SignedGrant, validator: str) -> Grant:
     grant = decode_message(Grant, signed.grant)
     if grant.validator != validator:
         raise BadMessage(f"the grant is {grant.validator}'s, not {validator}'s")
-    check_statement(validator, _KIND, signed.grant, signed.signature)
+    signature = bytes.fromhex(signed.signature)
+    if not verify_signature(validator, grant_statement(signed.grant), signature, session_key=False):
+        raise BadMessage(f"the signature of this grant is not {validator}'s")
     return grant
+
+
+def job_keys(signed: SignedGrant, grant: Grant) -> JobKeys:
+    """Who signs in the job that `signed`, the first grant of it, has opened."""
+    return keys_of(grant, signed.grant, verify_signature)
+
+
+class AcceptedGrants:
+    """The jobs that a miner has accepted, so that none is accepted twice: a validator that offered
+    a job again could make an honest miner sign two results of one step, which is a fraud proof.
+
+    Of jobs before this process nothing is known, so a grant must be younger than it.
+    """
+
+    def __init__(self, started_at: float) -> None:
+        self._started_at = started_at
+        self._expiry: dict[str, float] = {}
+
+    def add(self, grant: Grant, now: float) -> None:
+        """Takes note of a job; all times are seconds of the Unix epoch. Raises Refused for a job
+        that was accepted before, or may have been."""
+        self._expiry = {job: at for job, at in self._expiry.items() if at > now}
+        if grant.job in self._expiry:
+            raise Refused(f"job {grant.job} was accepted already", code="duplicate_job")
+        if grant.created_at < self._started_at or grant.created_at > now + MAX_GRANT_AHEAD_S:
+            raise Refused(
+                f"the grant was made {now - grant.created_at:.1f} s ago by this clock, and this "
+                f"miner started {now - self._started_at:.1f} s ago: only grants made since then "
+                "are accepted; set the clocks (NTP) or offer again",
+                code="stale_grant",
+            )
+        self._expiry[grant.job] = grant.expires_at

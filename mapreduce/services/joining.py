@@ -16,11 +16,12 @@ from mapreduce.errors import (
     ValidatorUnreachable,
     VersionMismatch,
 )
-from mapreduce.net.auth import new_session_key
+from mapreduce.net.auth import new_session_key, signer
 from mapreduce.net.client import Remote, call, make_http_session
 from mapreduce.services.grants import read_grant
 from mapreduce.services.peer_job import PeerJob
 from mapreduce.wire.messages import JoinRequest, SignedGrant
+from mapreduce.wire.statements import session_key_statement
 
 if TYPE_CHECKING:
     from bittensor.sp_core import Keypair
@@ -37,9 +38,11 @@ async def open_job(
     bandwidth: int,
     miner_count: int | None = None,
     job: str = "",
+    audit: bool = True,
     join_timeout_s: float = 60.0,
 ) -> PeerJob:
-    """Joins a job as `rank` (index from 0) and opens its streams.
+    """Joins a job as `rank` (index from 0) and opens its streams. `audit`: the validator may see
+    samples of the data.
 
     Raises:
         ValidatorUnreachable: nobody answers at the validator's axon.
@@ -54,6 +57,8 @@ async def open_job(
         bandwidth=bandwidth,
         miner_count=miner_count,
         session_key=key.ss58_address,
+        delegation=signer(hotkey)(session_key_statement(validator.hotkey, key.ss58_address)).hex(),
+        audit=audit,
         job=job,
         timeout_s=join_timeout_s,
     )
@@ -79,7 +84,7 @@ async def open_job(
         grant = read_grant(signed, validator.hotkey)
         if rank >= len(grant.session_keys) or grant.session_keys[rank] != key.ss58_address:
             raise BadMessage("the grant does not name this peer at its rank", who=str(validator))
-        peer_job = PeerJob(http, validator, key, signed, grant, rank)
+        peer_job = PeerJob(http, validator, key, signed, grant, rank, audit=audit)
         try:
             await peer_job.connect()
         except BaseExceptionGroup as errors:

@@ -16,13 +16,22 @@ if TYPE_CHECKING:
 MAX_GROUPS = 1024
 
 
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Who joined as a rank: a hotkey, and the session key that it has delegated to."""
+
+    hotkey: str
+    session_key: str
+    delegation: bytes
+
+
 @dataclass(slots=True, eq=False)
 class Group:
-    """The ranks (indexes) that have joined one job to be, by their session key."""
+    """The ranks (indexes) that have joined one job to be."""
 
     key: str
     first: JoinRequest
-    members: dict[int, str] = field(default_factory=dict)
+    members: dict[int, Member] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -34,8 +43,8 @@ class Group:
         return [r + 1 for r in range(self.first.peer_count) if r not in self.members]
 
     @property
-    def session_keys(self) -> list[str]:
-        """One per rank, in rank order; of a complete group."""
+    def ranks(self) -> list[Member]:
+        """In rank order; of a complete group."""
         return [self.members[rank] for rank in range(self.first.peer_count)]
 
 
@@ -65,13 +74,15 @@ class Lobby:
                 raise Refused("too many jobs are waiting for ranks", code="busy", status=503)
             group = self._groups[key] = Group(key=key, first=request)
         self._check_same(group, request)
-        if group.members.get(rank, request.session_key) != request.session_key:
+        taken = group.members.get(rank)
+        if taken is not None and taken.session_key != request.session_key:
             raise Refused(
                 f"rank {rank + 1} has joined {key} already, from another process; give jobs that "
                 "run at the same time different names (job=...)",
                 code="rank_taken",
             )
-        group.members[rank] = request.session_key
+        delegation = bytes.fromhex(request.delegation)
+        group.members[rank] = Member(hotkey, request.session_key, delegation)
         if group.complete:
             del self._groups[key]
         return group
@@ -96,7 +107,7 @@ class Lobby:
     @staticmethod
     def _check_same(group: Group, request: JoinRequest) -> None:
         first = group.first
-        for name in ("peer_count", "bandwidth", "miner_count"):
+        for name in ("peer_count", "bandwidth", "miner_count", "audit"):
             theirs, ours = getattr(first, name), getattr(request, name)
             if theirs != ours:
                 raise Refused(

@@ -13,10 +13,10 @@ from mapreduce import __version__
 from mapreduce.config import available_memory_bytes
 from mapreduce.core.reduce import check_subnormals
 from mapreduce.errors import BadMessage, Refused
-from mapreduce.net.auth import Verifier
+from mapreduce.net.auth import Verifier, signer
 from mapreduce.net.server import BODY, CALLER, json_response, make_app
 from mapreduce.net.stream import is_upgrade
-from mapreduce.services.grants import read_grant
+from mapreduce.services.grants import AcceptedGrants, read_grant
 from mapreduce.services.miner_job import MinerJob
 from mapreduce.services.neuron import Directory, Neuron
 from mapreduce.wire.messages import (
@@ -29,6 +29,7 @@ from mapreduce.wire.messages import (
 
 if TYPE_CHECKING:
     from aiohttp import web
+    from bittensor.sp_core import Keypair
 
     from mapreduce.config import MinerConfig
 
@@ -39,10 +40,12 @@ class Miner:
     """The routes and the jobs of one miner. `directory` says who is a validator."""
 
     def __init__(
-        self, hotkey: str, directory: Directory, *, max_jobs: int, memory_limit_bytes: int
+        self, key: Keypair, directory: Directory, *, max_jobs: int, memory_limit_bytes: int
     ) -> None:
-        self.hotkey = hotkey
+        self.hotkey: str = key.ss58_address
         self.jobs: dict[str, MinerJob] = {}
+        self._sign = signer(key)
+        self._accepted = AcceptedGrants(time.time())
         self._directory = directory
         self._max_jobs = max_jobs
         self._memory_limit_bytes = memory_limit_bytes
@@ -83,14 +86,16 @@ class Miner:
 
     async def _offer(self, request: web.Request) -> web.Response:
         validator = await self._require_validator(request)
-        grant = self._read_grant(request, validator)
+        signed = decode_message(SignedGrant, request[BODY])
+        grant = self._read_grant(signed, validator)
         segments = [i for i, miner in enumerate(grant.miners) if miner.hotkey == self.hotkey]
         if len(segments) != 1:
             raise BadMessage(f"the grant names this miner {len(segments)} times")
         if grant.job in self.jobs:
             raise Refused(f"job {grant.job} is already accepted", code="duplicate_job")
         self._admit(grant)
-        job = MinerJob(grant, segments[0], self._ended)
+        self._accepted.add(grant, time.time())
+        job = MinerJob(signed, grant, segments[0], self._sign, self._ended)
         self.jobs[grant.job] = job
         _log.info(
             "job accepted",
@@ -105,8 +110,8 @@ class Miner:
         return json_response(Accepted(job=grant.job))
 
     @staticmethod
-    def _read_grant(request: web.Request, validator: str) -> Grant:
-        grant = read_grant(decode_message(SignedGrant, request[BODY]), validator)
+    def _read_grant(signed: SignedGrant, validator: str) -> Grant:
+        grant = read_grant(signed, validator)
         if grant.expires_at <= time.time():
             raise BadMessage("the grant has expired")
         return grant
@@ -139,7 +144,8 @@ class Miner:
     async def _renew(self, request: web.Request) -> web.Response:
         job = self._job(request)
         self._rank(request, job)
-        grant = self._read_grant(request, job.grant.validator)
+        signed = decode_message(SignedGrant, request[BODY])
+        grant = self._read_grant(signed, job.grant.validator)
         if grant.job != job.grant.job:
             raise BadMessage("the renewed grant is another job's")
         job.renew(grant)
@@ -193,7 +199,7 @@ async def run_miner(config: MinerConfig) -> None:
         uid = await neuron.require_uid()
         directory = Directory(neuron.client, config.chain.netuid)
         miner = Miner(
-            neuron.hotkey,
+            neuron.key,
             directory,
             max_jobs=config.max_jobs,
             memory_limit_bytes=config.memory_limit_bytes,

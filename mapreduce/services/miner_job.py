@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from mapreduce.errors import Refused
 from mapreduce.net.send_queue import MEASURE_S
 from mapreduce.net.stream import FrameStream, Hello, serve_stream
+from mapreduce.services.grants import job_keys
 from mapreduce.wire.frames import FrameReader, Header
 from mapreduce.wire.miner_session import MinerSession
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from aiohttp import web
 
-    from mapreduce.wire.messages import Grant
+    from mapreduce.wire.messages import Grant, SignedGrant
 
 UNUSED_RESERVATION_S = 30.0  # a rank that has not come by then does not come any more
 SILENCE_S = 60.0  # four missed PINGs of a peer: its path is dead
@@ -34,13 +35,21 @@ _log = logging.getLogger(__name__)
 class MinerJob:
     """Serves one grant until its last peer has left, it expires, or it is closed.
 
-    `on_end` is called once, when the memory of the job is free again.
+    `sign` signs with the miner's hotkey; `on_end` is called once, when the memory of the job is
+    free again.
     """
 
-    def __init__(self, grant: Grant, segment: int, on_end: Callable[[MinerJob], None]) -> None:
+    def __init__(
+        self,
+        signed: SignedGrant,
+        grant: Grant,
+        segment: int,
+        sign: Callable[[bytes], bytes],
+        on_end: Callable[[MinerJob], None],
+    ) -> None:
         self.grant = grant
         self.terms = grant.terms
-        self.session = MinerSession(self.terms, segment)
+        self.session = MinerSession(self.terms, segment, job_keys(signed, grant), sign)
         self.ended = False
         self._on_end = on_end
         self._streams: dict[int, FrameStream] = {}

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +23,16 @@ from mapreduce.errors import (
     StepInDoubt,
     Unavailable,
 )
-from mapreduce.net.auth import sign_request
+from mapreduce.net.auth import sign_request, signer
 from mapreduce.net.client import Remote, call
 from mapreduce.net.send_queue import MEASURE_S
 from mapreduce.net.stream import FrameStream, connect_stream
-from mapreduce.services.grants import read_grant
+from mapreduce.services.grants import job_keys, read_grant
 from mapreduce.services.step_report import StepReport, measure
 from mapreduce.wire.messages import Accepted, Grant, Report, ReportAnswer, SignedGrant
-from mapreduce.wire.peer_session import MinerName, PeerSession
+from mapreduce.wire.peer_session import PeerSession
 from mapreduce.wire.peer_step import Phase, Step, Target
+from mapreduce.wire.peer_trust import Signatory
 from mapreduce.wire.schedule import frame_bytes_for
 
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ class PeerJob:
         signed: SignedGrant,
         grant: Grant,
         rank: int,
+        *,
+        audit: bool = True,
     ) -> None:
         self.grant = grant
         self.rank = rank
@@ -73,9 +77,10 @@ class PeerJob:
             Remote(f"miner uid {miner.uid}", miner.hotkey, miner.ip, miner.port)
             for miner in grant.miners
         ]
-        names = [MinerName(miner.uid, miner.hotkey) for miner in grant.miners]
+        signatory = Signatory(job_keys(signed, grant), rank, signer(session_key), os.urandom)
+        budget = grant.audit_budget if audit else 0.0
         # Not the loop's clock: uvloop's counts whole milliseconds.
-        self.session = PeerSession(grant.terms, rank, names, time.perf_counter)
+        self.session = PeerSession(grant.terms, signatory, time.perf_counter, budget)
         self.last_step: StepReport | None = None
         self._http = http
         self._validator = validator

@@ -1,27 +1,31 @@
 """Bodies of the control frames. Knows their bytes and limits; knows nothing of sessions or sockets.
 
-Every body starts with a version byte, so that a later protocol can put more into it. CLOSE and
-CERTIFICATE carry nothing else yet: their place is that of the signed commitments.
+Every body starts with a version byte, so that a later protocol can put more into it. OPEN, CLOSE,
+RECEIPT, REJECT, CERTIFICATE, ACK and COMMIT end with a signature; what is signed is in
+`statements.py`, since it names more than a frame has to repeat.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mapreduce.core.dtypes import DType
+from mapreduce.core.hash_tree import DIGEST_BYTES
 from mapreduce.core.reduce import ReduceOp
 from mapreduce.errors import BadFrame, UnsupportedTensor
 from mapreduce.wire.frames import MAX_BODY_BYTES
+from mapreduce.wire.statements import SIGNATURE_BYTES
 from mapreduce.wire.terms import MAX_PEERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-BODY_VERSION = 2
-EMPTY_BODY = bytes([BODY_VERSION])
+BODY_VERSION = 3
+VERSION_PREFIX = bytes([BODY_VERSION])
 NONCE_BYTES = 32
 MAP_DIGEST_BYTES = 16
 MAX_DIMENSIONS = 64  # torch's own limit
@@ -31,11 +35,12 @@ MAX_DIFFERENCES = 8  # arguments of a collective that ranks can disagree on
 MAX_VALUE_CHARS = 512
 MAX_NAME_CHARS = 64
 
-_OPEN = struct.Struct("<BBBBHHQ16s")
+_OPEN = struct.Struct("<BBBBHHQ16s32s")
 _HAS_TENSOR = 1
 _PROGRESS = struct.Struct("<BBH")
-_ACK = struct.Struct("<BI")
+_ACK = struct.Struct("<BI32s32s64s")
 _COMMIT = struct.Struct("<BH")
+_ECHO = struct.Struct("<I32s32s64s")
 MAX_SEGMENT_US = (1 << 32) - 1
 
 
@@ -46,9 +51,20 @@ def _check_version(kind: str, body: memoryview, minimum: int) -> None:
         raise BadFrame(f"{kind} body has version {body[0]}, this side speaks {BODY_VERSION}")
 
 
-def check_empty(kind: str, body: memoryview) -> None:
-    """Accepts a body that carries only its version; later versions of it may append bytes."""
-    _check_version(kind, body, 1)
+def with_signature(content: bytes, signature: bytes) -> bytes:
+    """The body of a signed frame; `content` begins with the version."""
+    assert len(signature) == SIGNATURE_BYTES
+    return content + signature
+
+
+def split_signature(kind: str, body: memoryview, content_bytes: int | None) -> tuple[bytes, bytes]:
+    """Content (without the version) and signature of a signed body; `content_bytes` is what the
+    content must have, None for any length. Raises BadFrame."""
+    shortest = 1 + (content_bytes or 0) + SIGNATURE_BYTES
+    _check_version(kind, body, shortest)
+    if content_bytes is not None and len(body) != shortest:
+        raise BadFrame(f"{kind} body of {len(body)} bytes: {shortest} are expected")
+    return bytes(body[1:-SIGNATURE_BYTES]), bytes(body[-SIGNATURE_BYTES:])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +88,8 @@ class Open:
 
     `tensor` is None for a rank that receives a broadcast and does not know what comes; `root` is
     the index of the rank that sends it, 0 in an all-reduce. `map_digest` identifies the cut into
-    segments, of which the receiver's own has `segment_bytes`.
+    segments, of which the receiver's own has `segment_bytes`; `nonce_hash` commits the rank to the
+    nonce that its ACK shows.
     """
 
     op: ReduceOp
@@ -80,8 +97,10 @@ class Open:
     tensor: TensorSpec | None
     segment_bytes: int = 0
     map_digest: bytes = bytes(MAP_DIGEST_BYTES)
+    nonce_hash: bytes = bytes(DIGEST_BYTES)
 
     def encode(self) -> bytes:
+        """All but the signature."""
         tensor = self.tensor
         shape = () if tensor is None else tensor.shape
         return _OPEN.pack(
@@ -93,12 +112,13 @@ class Open:
             len(shape),
             self.segment_bytes,
             self.map_digest,
+            self.nonce_hash,
         ) + struct.pack(f"<{len(shape)}Q", *shape)
 
     @classmethod
     def decode(cls, body: memoryview) -> Open:
         _check_version("OPEN", body, _OPEN.size)
-        _, op, dtype, flags, root, ndim, segment_bytes, digest = _OPEN.unpack_from(body)
+        _, op, dtype, flags, root, ndim, segment_bytes, digest, nonce = _OPEN.unpack_from(body)
         if ndim > MAX_DIMENSIONS or len(body) != _OPEN.size + 8 * ndim:
             raise BadFrame(f"OPEN body of {len(body)} bytes does not hold {ndim} dimensions")
         try:
@@ -111,7 +131,8 @@ class Open:
                 root=root,
                 tensor=tensor,
                 segment_bytes=segment_bytes,
-                map_digest=bytes(digest),
+                map_digest=digest,
+                nonce_hash=nonce,
             )
         except (ValueError, UnsupportedTensor) as error:
             raise BadFrame(f"OPEN names what this side does not know: {error}") from None
@@ -144,39 +165,63 @@ def compare_opens(opens: list[Open]) -> dict[str, dict[int, str]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ack:
-    """A rank holds the whole result. `segment_us` is how long this miner's segment took it, in
-    microseconds from the step's first result to the segment's last; 0 if that says nothing."""
+    """A rank holds the whole result, as the certificates of `step_digest` say. `segment_us` is how
+    long this miner's segment took it, in microseconds from the step's first result to the segment's
+    last, 0 if that says nothing; `nonce` what its OPEN was committed to."""
 
-    segment_us: int = 0
+    segment_us: int
+    nonce: bytes
+    step_digest: bytes
+    signature: bytes
 
     def encode(self) -> bytes:
-        return _ACK.pack(BODY_VERSION, min(self.segment_us, MAX_SEGMENT_US))
+        return _ACK.pack(
+            BODY_VERSION, self.segment_us, self.nonce, self.step_digest, self.signature
+        )
 
     @classmethod
     def decode(cls, body: memoryview) -> Ack:
         _check_version("ACK", body, _ACK.size)
         if len(body) != _ACK.size:
             raise BadFrame(f"ACK body of {len(body)} bytes: {_ACK.size} are expected")
-        return cls(segment_us=_ACK.unpack(body)[1])
+        _, segment_us, nonce, step_digest, signature = _ACK.unpack(body)
+        return cls(segment_us=segment_us, nonce=nonce, step_digest=step_digest, signature=signature)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
-    """Every rank has acknowledged; `segment_us` is what each of them, in rank order, said."""
+    """Every rank has acknowledged; `acks` are what each of them, in rank order, has signed."""
 
-    segment_us: tuple[int, ...]
+    acks: tuple[Ack, ...]
+
+    def echoes(self) -> bytes:
+        """The acknowledgements as they stand in the body: what the miner signs."""
+        return b"".join(
+            _ECHO.pack(ack.segment_us, ack.nonce, ack.step_digest, ack.signature)
+            for ack in self.acks
+        )
 
     def encode(self) -> bytes:
-        count = len(self.segment_us)
-        return _COMMIT.pack(BODY_VERSION, count) + struct.pack(f"<{count}I", *self.segment_us)
+        """All but the miner's signature."""
+        return _COMMIT.pack(BODY_VERSION, len(self.acks)) + self.echoes()
 
     @classmethod
-    def decode(cls, body: memoryview, peer_count: int) -> Commit:
+    def decode(cls, body: memoryview, peer_count: int) -> tuple[Commit, bytes]:
+        """The commit and the miner's signature."""
         _check_version("COMMIT", body, _COMMIT.size)
         count = _COMMIT.unpack_from(body)[1]
-        if count != peer_count or len(body) != _COMMIT.size + 4 * count:
+        size = _COMMIT.size + _ECHO.size * count
+        if count != peer_count or len(body) != size + SIGNATURE_BYTES:
             raise BadFrame(f"COMMIT body of {len(body)} bytes does not hold {peer_count} ranks")
-        return cls(segment_us=struct.unpack_from(f"<{count}I", body, _COMMIT.size))
+        return cls(acks=acks_from(bytes(body[_COMMIT.size : size]))), bytes(body[size:])
+
+
+def acks_from(echoes: bytes) -> tuple[Ack, ...]:
+    """The acknowledgements of a COMMIT; raises struct.error unless they are whole."""
+    return tuple(
+        Ack(segment_us=segment_us, nonce=nonce, step_digest=step_digest, signature=signature)
+        for segment_us, nonce, step_digest, signature in _ECHO.iter_unpack(echoes)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,17 +229,21 @@ class Abort:
     """Why a step has failed. Ranks are indexes from 0; `rank` is who caused it, None where no rank
     did.
 
-    `code` is one of `Abort.CODES`; `miner` the index of the miner that was lost; `differences` maps
-    an argument of the collective to what each rank (index) said.
+    `code` is one of `Abort.CODES`; `miner` the index of the miner that was lost, or that it is
+    about; `differences` maps an argument of the collective to what each rank (index) said; `proof`
+    is what `proofs.encode_claim` gives.
     """
 
-    CODES = frozenset({"mismatch", "peer_lost", "peer_abort", "peer_timeout", "miner_lost"})
+    CODES = frozenset(
+        {"mismatch", "peer_lost", "peer_abort", "peer_timeout", "miner_lost", "dispute", "fraud"}
+    )
 
     code: str
     message: str
     rank: int | None = None
     miner: int | None = None
     differences: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    proof: bytes = b""
 
     def encode(self) -> bytes:
         """As JSON of at most MAX_BODY_BYTES; of long differences the first ranks stay."""
@@ -210,8 +259,9 @@ class Abort:
                 "rank": self.rank,
                 "miner": self.miner,
                 "differences": differences,
+                "proof": base64.b64encode(self.proof).decode(),
             }
-            body = EMPTY_BODY + json.dumps(document).encode()
+            body = VERSION_PREFIX + json.dumps(document).encode()
             if len(body) <= MAX_BODY_BYTES or not ranks:
                 return body
             ranks //= 2
@@ -229,12 +279,20 @@ class Abort:
                 }
                 for field_name, by_rank in document["differences"].items()
             }
+            proof = base64.b64decode(document["proof"], validate=True)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BadFrame(f"ABORT body cannot be read: {error!r}") from None
         integers = all(value is None or type(value) is int for value in (rank, miner))
         if code not in cls.CODES or not isinstance(message, str) or not integers:
             raise BadFrame(f"ABORT body has impossible values: code {code!r}")
-        return cls(code=code, message=message, rank=rank, miner=miner, differences=differences)
+        return cls(
+            code=code,
+            message=message,
+            rank=rank,
+            miner=miner,
+            differences=differences,
+            proof=proof,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,7 +322,7 @@ class Progress:
 
 def encode_text(text: str) -> bytes:
     """A reason for GOODBYE, cut to `MAX_TEXT_BYTES`."""
-    return EMPTY_BODY + text.encode()[:MAX_TEXT_BYTES]
+    return VERSION_PREFIX + text.encode()[:MAX_TEXT_BYTES]
 
 
 def decode_text(kind: str, body: memoryview) -> str:

@@ -48,12 +48,14 @@ class Kind(enum.IntEnum):
     CREDIT = 4  # miner: `offset` bytes of the segment are released, for who gets no RESULT
     CLOSE = 5  # peer: the segment's upload ends
     RESULT = 6  # miner: a run of whole reduced blocks; credit for as many bytes
-    CERTIFICATE = 7  # miner: the segment is reduced
+    CERTIFICATE = 7  # miner: the segment is reduced, from these inputs to this output
     ACK = 8  # peer: holds the whole result of every segment
     COMMIT = 9  # miner: every rank has acknowledged
     ABORT = 10  # both: the step has failed on every rank
     PING = 11  # peer: keeps the path open; the miner's reply says whom the step waits for
     GOODBYE = 12  # both, last: why the stream ends
+    RECEIPT = 13  # miner: has received what CLOSE says was sent
+    REJECT = 14  # miner: has received other bytes than CLOSE says
 
 
 _BULK = frozenset({Kind.DATA, Kind.RESULT})

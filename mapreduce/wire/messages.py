@@ -26,6 +26,7 @@ JobId = Annotated[str, Field(pattern=JOB_ID_PATTERN)]
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Rank = Annotated[int, Field(ge=0, lt=MAX_PEERS)]
 Uid = Annotated[int, Field(ge=0, lt=1 << 16)]
+Signature = Annotated[str, Field(pattern="^[0-9a-f]{128}$")]
 
 Message = TypeVar("Message")
 
@@ -36,7 +37,9 @@ class JoinRequest:
 
     Ranks meet by `job`, a name that the user chose, or else by hotkey. `bandwidth` is the largest
     collective in bytes; `miner_count` None leaves the choice to the validator; `session_key` is the
-    ed25519 address that signs for this peer from now on; the answer comes within `timeout_s`.
+    ed25519 address that signs for this peer from now on, and `delegation` the hotkey's signature
+    that says so (`statements.session_key_statement`); `audit` is whether the validator may see
+    samples of the data; the answer comes within `timeout_s`.
     """
 
     __pydantic_config__ = _STRICT
@@ -46,6 +49,8 @@ class JoinRequest:
     bandwidth: Annotated[int, Field(ge=1, le=MAX_BANDWIDTH)]
     miner_count: Annotated[int, Field(ge=1, le=MAX_MINERS)] | None
     session_key: Address
+    delegation: Signature
+    audit: bool
     job: Annotated[str, Field(max_length=64)]
     timeout_s: Annotated[float, Field(gt=0, le=3600)]
 
@@ -67,8 +72,8 @@ class Grant:
     """What a validator grants to a job: its peers by session key, its miners in segment order, its
     limits.
 
-    Times are seconds of the Unix epoch. `nonce_hash` commits the validator to the nonce of its
-    later audits. The object travels as a `SignedGrant`.
+    Times are seconds of the Unix epoch. `audit_budget` is the share of a segment's traffic that
+    audits may add. The object travels as a `SignedGrant`.
     """
 
     __pydantic_config__ = _STRICT
@@ -84,7 +89,7 @@ class Grant:
     frame_bytes: int
     session_keys: Annotated[list[Address], Field(min_length=1, max_length=MAX_PEERS)]
     miners: Annotated[list[MinerAddress], Field(min_length=1, max_length=MAX_MINERS)]
-    nonce_hash: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    audit_budget: Annotated[float, Field(ge=0, le=1)]
 
     @property
     def terms(self) -> Terms:
@@ -108,7 +113,7 @@ class SignedGrant:
     __pydantic_config__ = _STRICT
 
     grant: Annotated[str, Field(max_length=MAX_MESSAGE_BYTES)]
-    signature: Annotated[str, Field(pattern="^[0-9a-f]{128}$")]
+    signature: Signature
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

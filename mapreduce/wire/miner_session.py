@@ -25,21 +25,16 @@ import numpy as np
 from mapreduce.core.partition import BLOCK_BYTES
 from mapreduce.core.reduce import ReduceOp, check_reducible
 from mapreduce.errors import BadFrame, UnsupportedTensor
-from mapreduce.wire.bodies import (
-    EMPTY_BODY,
-    Abort,
-    Ack,
-    Commit,
-    Open,
-    Progress,
-    check_empty,
-    decode_text,
-)
+from mapreduce.wire.bodies import Abort, Ack, Open, Progress, decode_text
 from mapreduce.wire.frames import HEADER_BYTES, REPLY, FrameReader, Header, Kind, encode_frame
 from mapreduce.wire.miner_step import MinerStep
+from mapreduce.wire.miner_trust import MinerTrust
 from mapreduce.wire.rings import OutputRing, OutputRun
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mapreduce.wire.keys import JobKeys
     from mapreduce.wire.terms import Terms
 
 MAX_REMEMBERED_ABORTS = 1024
@@ -65,12 +60,15 @@ class MinerSession:
     `reduce` (once for many frames: longer runs cost less), write what `next_output(rank)` gives for
     every rank in `ready`, and call `output_done(rank)` when the transport no longer needs it.
     Raises BadFrame on a protocol violation by the rank whose frame it is; the caller then closes
-    that stream and calls `detach`.
+    that stream and calls `detach`. `sign` signs with the miner's hotkey.
     """
 
-    def __init__(self, terms: Terms, segment: int) -> None:
+    def __init__(
+        self, terms: Terms, segment: int, keys: JobKeys, sign: Callable[[bytes], bytes]
+    ) -> None:
         self.terms = terms
         self.segment = segment
+        self.trust = MinerTrust(keys, segment, sign)
         self.ready: set[int] = set()
         self.committed_steps = 0
         self.reduced_bytes = 0
@@ -193,12 +191,11 @@ class MinerSession:
             case Kind.DATA:
                 step = self._live_step(rank, header)
                 if step is not None:
-                    step.received[rank] += header.length
+                    self._take(step, rank, header.length)
             case Kind.OPEN:
-                self._opened(rank, header, Open.decode(body))
+                self._opened(rank, header, body)
             case Kind.CLOSE:
-                check_empty("CLOSE", body)
-                self._closed(rank, header)
+                self._closed(rank, header, body)
             case Kind.ACK:
                 self._acked(rank, header, Ack.decode(body))
             case Kind.ABORT:
@@ -229,8 +226,18 @@ class MinerSession:
         if header.rank != rank:
             raise BadFrame(f"{kind} of rank {header.rank + 1} on the stream of rank {rank + 1}")
 
-    def _opened(self, rank: int, header: Header, opened: Open) -> None:
+    def _take(self, step: MinerStep, rank: int, nbytes: int) -> None:
+        """The next bytes of the rank's segment are in its ring."""
+        position = step.received[rank] % self.terms.window_bytes
+        run = self._rings[rank][position : position + nbytes]
+        step.inputs[rank].add(run)
+        if len(run) < nbytes:
+            step.inputs[rank].add(self._rings[rank][: nbytes - len(run)])
+        step.received[rank] += nbytes
+
+    def _opened(self, rank: int, header: Header, body: memoryview) -> None:
         self._check_place(rank, header)
+        opened = self.trust.opened(header.step, rank, body)
         stream, number = self._streams[rank], header.step
         if number <= stream.entered:
             raise BadFrame(f"OPEN of step {number} after step {stream.entered}")
@@ -258,6 +265,7 @@ class MinerSession:
             if step is None:
                 step = self._step = MinerStep(number, self.terms.peer_count)
             step.opens[rank] = opened
+            step.open_bodies[rank] = bytes(body)
             step.lengths[rank] = length
             if len(step.entered()) == self.terms.peer_count:
                 self._agree(step)
@@ -293,18 +301,29 @@ class MinerSession:
             self._abort(step, abort)
             return
         if step.readers != step.contributors:
-            opened = step.opens[step.contributors[0]]
-            assert opened is not None
+            body = step.open_bodies[step.contributors[0]]
             for rank in step.readers:
-                self._send_step(rank, Kind.OPEN, step.number, opened.encode())
+                self._send_step(rank, Kind.OPEN, step.number, body)
 
-    def _closed(self, rank: int, header: Header) -> None:
+    def _closed(self, rank: int, header: Header, body: memoryview) -> None:
         step = self._live_step(rank, header)
         if step is None:
             return
-        if step.received[rank] != step.lengths[rank] or rank in step.closed:
+        if step.received[rank] != step.lengths[rank]:
             raise BadFrame(f"CLOSE after {step.received[rank]} of {step.lengths[rank]} bytes")
-        step.closed.add(rank)
+        signed, root = self.trust.upload(step, rank, body)
+        if rank in step.closed:
+            proof = self.trust.two_uploads(step.closed[rank], signed)
+            what = f"rank {rank + 1} has signed two different uploads"
+            self._abort(step, Abort(code="fraud", message=what, rank=rank, proof=proof))
+            return
+        step.closed[rank] = signed
+        if step.inputs[rank].root() == root:
+            self._send_step(rank, Kind.RECEIPT, step.number, self.trust.receipt_body(step, rank))
+            return
+        self._send_step(rank, Kind.REJECT, step.number, self.trust.reject_body(step, rank))
+        what = f"this miner received other bytes than rank {rank + 1} says it sent"
+        self._abort(step, Abort(code="dispute", message=what, rank=rank, miner=self.segment))
 
     def _acked(self, rank: int, header: Header, ack: Ack) -> None:
         step = self._live_step(rank, header)
@@ -312,12 +331,13 @@ class MinerSession:
             return
         if not step.certified or rank in step.acked:
             raise BadFrame("ACK of a segment that has no certificate yet")
-        step.acked[rank] = ack.segment_us
+        self.trust.check_ack(step, rank, ack)
+        step.acked[rank] = ack
         if len(step.acked) == self.terms.peer_count:
             self._step = None
             self.committed_steps += 1
             everyone = range(self.terms.peer_count)
-            body = Commit(segment_us=tuple(step.acked[rank] for rank in everyone)).encode()
+            body = self.trust.commit_body(step)
             for reader in everyone:
                 self._send_step(reader, Kind.COMMIT, step.number, body)
 
@@ -358,10 +378,11 @@ class MinerSession:
             step.reduced += nbytes
             self.reduced_bytes += nbytes
             self._credit_root(step)
-        if step.reduced == step.length and step.closed.issuperset(step.contributors):
+        if step.reduced == step.length and step.closed.keys() >= set(step.contributors):
             step.certified = True
+            body = self.trust.certificate_body(step)
             for rank in range(self.terms.peer_count):
-                self._send_step(rank, Kind.CERTIFICATE, step.number, EMPTY_BODY)
+                self._send_step(rank, Kind.CERTIFICATE, step.number, body)
 
     def _emit(self, step: MinerStep, inputs: list[memoryview], nbytes: int) -> None:
         if not step.readers:
@@ -377,6 +398,8 @@ class MinerSession:
         )
         run.frame[:HEADER_BYTES] = header.encode()
         step.reducer.reduce(inputs, payload)
+        if step.contributors == step.readers:  # a broadcast comes out as it went in
+            step.output.add(payload)
         for rank in step.readers:
             self._streams[rank].results.append(run)
             self.ready.add(rank)
@@ -398,7 +421,7 @@ class MinerSession:
         if abort.code == "mismatch":
             # Found by the step's anchor: every other miner passes on what it said.
             relayed = Abort(code="mismatch", message=abort.message, differences=abort.differences)
-        elif abort.code == "peer_lost":
+        elif abort.code in {"peer_lost", "dispute", "fraud"}:
             relayed = abort
         self._abort(step, relayed)
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mapreduce.core.hash_tree import RootHasher
 from mapreduce.core.partition import BLOCK_BYTES
 from mapreduce.core.reduce import ReduceOp, Reducer
 from mapreduce.errors import BadFrame
 from mapreduce.wire.bodies import Open, Progress, TensorSpec, compare_opens
+from mapreduce.wire.statements import NO_ROOT, Certificate
 
 if TYPE_CHECKING:
+    from mapreduce.wire.bodies import Ack
     from mapreduce.wire.frames import Header
+    from mapreduce.wire.proofs import Signed
+    from mapreduce.wire.statements import Place
 
 
 class MinerStep:
@@ -19,11 +24,14 @@ class MinerStep:
 
     def __init__(self, number: int, peer_count: int) -> None:
         self.number = number
+        self.inputs = [RootHasher() for _ in range(peer_count)]
+        self.output = RootHasher()
         self.opens: list[Open | None] = [None] * peer_count
+        self.open_bodies = [b""] * peer_count  # as signed
         self.lengths = [0] * peer_count  # of the segment, as each rank's own OPEN cuts it
         self.received = [0] * peer_count
-        self.closed: set[int] = set()
-        self.acked: dict[int, int] = {}  # rank -> microseconds that the segment took it
+        self.closed: dict[int, Signed] = {}  # by rank, its upload
+        self.acked: dict[int, Ack] = {}
         # Set once every rank has opened and all agree.
         self.reducer: Reducer | None = None
         self.tensor: TensorSpec | None = None
@@ -72,6 +80,28 @@ class MinerStep:
         self.length = self.lengths[leader]
         self.reducer = Reducer(self.tensor.dtype, opens[0].op, len(self.contributors), frame_bytes)
         return {}
+
+    def certificate(self, place: Place) -> Certificate:
+        """What this miner has made of what it received, once all is reduced."""
+        opens = [opened for opened in self.opens if opened is not None]
+        assert self.tensor is not None
+        roots = [
+            self.inputs[rank].root() if rank in self.contributors else NO_ROOT
+            for rank in range(len(opens))
+        ]
+        leader = opens[self.contributors[0]]
+        verbatim = leader.op is ReduceOp.BROADCAST
+        return Certificate(
+            place=place,
+            op=leader.op,
+            dtype=self.tensor.dtype,
+            sender=leader.root,
+            nbytes=self.length,
+            root=roots[leader.root] if verbatim else self.output.root(),
+            entries=tuple(
+                (root, opened.nonce_hash) for root, opened in zip(roots, opens, strict=True)
+            ),
+        )
 
     def progress(self, behind: tuple[int, ...]) -> Progress:
         """How far the step is and whom it waits for; `behind` are the ranks with results still to

@@ -13,11 +13,12 @@ of any miner proves that every rank holds the result.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from mapreduce.core.partition import (
+    BLOCK_BYTES,
     EQUAL_WEIGHT,
     map_digest,
     partition,
@@ -25,48 +26,32 @@ from mapreduce.core.partition import (
 from mapreduce.core.reduce import ReduceOp
 from mapreduce.errors import (
     BadFrame,
-    CollectiveMismatch,
+    IntegrityError,
     JobClosed,
     MapReduceError,
     MinerLost,
-    PeerLost,
-    ShapeMismatch,
-    StepAborted,
     StepInDoubt,
 )
-from mapreduce.wire.bodies import (
-    EMPTY_BODY,
-    Abort,
-    Ack,
-    Commit,
-    Open,
-    Progress,
-    TensorSpec,
-    check_empty,
-    decode_text,
-)
+from mapreduce.wire.aborts import abort_of, error_of
+from mapreduce.wire.bodies import Abort, Open, Progress, TensorSpec, decode_text
 from mapreduce.wire.frames import REPLY, FrameReader, Header, Kind, encode_frame
 from mapreduce.wire.peer_step import Phase, Step, Target
+from mapreduce.wire.peer_trust import Signatory, StepTrust
+from mapreduce.wire.samples import take_samples
 from mapreduce.wire.schedule import FIRST_FRAME_BYTES, next_upload
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from mapreduce.wire.terms import Terms
 
 _SCRATCH_BYTES = 256 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class MinerName:
-    """Who a miner is in errors."""
-
-    uid: int
-    hotkey: str
-
-
 class PeerSession:
-    """One job at one peer; `rank` is an index from 0, `clock` gives seconds from any start.
+    """One job at one peer, `signatory`; `clock` gives seconds from any start. Blocks worth a share
+    `audit_budget` of a segment's traffic go to the `samples` of a step, for audits; none if it is
+    0. `fraud` is what was proven when the step could no longer fail: no further one begins.
 
     Feed it with `begin`, `miner_lost` and the frames of each miner (through `reader(miner)`); then
     write what `next_upload` gives, and what `take_control` gives for every miner in `ready`, and
@@ -78,21 +63,23 @@ class PeerSession:
     def __init__(
         self,
         terms: Terms,
-        rank: int,
-        miners: Sequence[MinerName],
+        signatory: Signatory,
         clock: Callable[[], float],
+        audit_budget: float = 0.0,
     ) -> None:
-        assert len(miners) == terms.miner_count
+        assert len(signatory.keys.miners) == terms.miner_count
         self.terms = terms
-        self.rank = rank
-        self.miners = tuple(miners)
+        self.signatory = signatory
+        self.rank = signatory.rank
+        self.audit_budget = audit_budget
         self.ready: set[int] = set()
         self.weights = (EQUAL_WEIGHT,) * terms.miner_count
         self.frame_bytes = min(FIRST_FRAME_BYTES, terms.frame_bytes)
         self.step: Step | None = None
+        self.fraud: IntegrityError | None = None
         self._clock = clock
         self._number = 0
-        self._control: list[list[bytes]] = [[] for _ in miners]
+        self._control: list[list[bytes]] = [[] for _ in range(terms.miner_count)]
         self._lost: dict[int, str] = {}
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self._allocate: Callable[[int], Target] | None = None
@@ -120,12 +107,16 @@ class PeerSession:
 
         Raises:
             MinerLost: the job has lost a miner before.
+            IntegrityError: a party of the job is known to have lied in an earlier step.
         """
         assert self.step is None or self.step.done
+        if self.fraud is not None:
+            raise self.fraud
         for miner, reason in self._lost.items():
             raise self._miner_lost_error(miner, reason)
         self._number += 1
-        step = Step(self._number, op, root, self.terms.miner_count)
+        trust = StepTrust(self.signatory, self._number, self.terms.miner_count)
+        step = Step(self._number, op, root, trust)
         step.source = source
         self.step = step
         self._allocate = allocate
@@ -142,7 +133,8 @@ class PeerSession:
         for miner in step.involved:
             if tensor is not None:
                 opened = replace(opened, segment_bytes=step.segments[miner].length)
-            self._send(miner, Kind.OPEN, opened.encode())
+            opened = replace(opened, nonce_hash=trust.nonce_hash(miner))
+            self._send(miner, Kind.OPEN, trust.open_body(miner, opened))
             if source is not None:
                 step.uploads[miner].length = step.segments[miner].length
                 self._close_if_sent(step, miner)
@@ -264,14 +256,15 @@ class PeerSession:
         )
         before = self.take_control(miner)
         upload.sent += nbytes
-        self._close_if_sent(step, miner)
         payload = step.source[begin : begin + nbytes]
+        step.trust.sent[miner].add(payload)  # before a RESULT may overwrite it
+        self._close_if_sent(step, miner)
         return miner, [*before, header.encode(), payload, *self.take_control(miner)]
 
     def _close_if_sent(self, step: Step, miner: int) -> None:
         upload = step.uploads[miner]
         if upload.sent == upload.length:
-            self._send(miner, Kind.CLOSE, EMPTY_BODY)
+            self._send(miner, Kind.CLOSE, step.trust.close_body(miner))
 
     def _send(self, miner: int, kind: Kind, body: bytes) -> None:
         if miner in self._lost:
@@ -314,7 +307,8 @@ class PeerSession:
         it may go where they still are."""
         length, end = step.segments[miner].length, header.offset + header.length
         most = length if step.source is None else step.uploads[miner].flushed
-        if header.offset != step.received[miner] or end > min(length, most):
+        ragged = header.length % BLOCK_BYTES and end != length
+        if header.offset != step.received[miner] or end > min(length, most) or ragged:
             raise self._bad(
                 miner,
                 f"RESULT of {header.length} bytes at {header.offset}: {step.received[miner]} of "
@@ -329,6 +323,12 @@ class PeerSession:
             if error.who is None:
                 raise self._bad(miner, str(error)) from None
             raise
+        except IntegrityError as error:
+            assert self.step is not None
+            if self.step.phase is Phase.RUNNING:
+                self._fail(self.step, error, abort_of(error, self.rank, miner))
+            else:
+                self.fraud = self.fraud or error
 
     def _dispatch(self, miner: int, header: Header, body: memoryview) -> None:
         if header.kind is Kind.PING:
@@ -342,33 +342,35 @@ class PeerSession:
             return
         match header.kind:
             case Kind.RESULT:
-                step.received[miner] += header.length
+                step.take_result(miner, header.length)
                 step.uploads[miner].released = step.received[miner]
                 step.time_segment(miner, self._clock())
                 self._acknowledge_if_complete(step)
             case Kind.OPEN:
-                self._announced(step, miner, Open.decode(body))
+                self._announced(step, miner, step.trust.opened(miner, step.root, body))
             case Kind.CREDIT:
                 upload = step.uploads[miner]
                 if not upload.released <= header.offset <= upload.sent:
                     raise BadFrame(f"CREDIT for {header.offset} of {upload.sent} bytes sent")
                 upload.released = header.offset
                 step.time_segment(miner, self._clock())
+            case Kind.RECEIPT:
+                step.trust.receipt(miner, body)
+            case Kind.REJECT if step.phase is Phase.RUNNING:
+                step.trust.reject(miner, body)
             case Kind.CERTIFICATE:
-                check_empty("CERTIFICATE", body)
-                step.certified.add(miner)
+                step.trust.certificate(miner, body, step)
                 self._acknowledge_if_complete(step)
             case Kind.COMMIT:
-                commit = Commit.decode(body, self.terms.peer_count)
-                if step.phase is Phase.RUNNING:
+                if step.phase is Phase.RUNNING or miner in step.committed:
                     raise BadFrame("COMMIT without this rank's acknowledgement")
+                step.acks[miner] = step.trust.commit(miner, body)
                 step.committed.add(miner)
-                step.acks[miner] = commit.segment_us
                 self._settle(step)
             case Kind.ABORT:
                 abort = Abort.decode(body)
                 if step.phase is Phase.RUNNING:
-                    self._fail(step, self._error_of(step, abort, miner), abort)
+                    self._fail(step, self._error_of(step, abort), abort)
                 else:
                     step.aborted[miner] = abort
                     self._settle(step)
@@ -398,7 +400,10 @@ class PeerSession:
             self._plan(step, tensor)
         if tensor != step.tensor:
             raise BadFrame(f"OPEN tells of {tensor}, another miner of {step.tensor}")
-        if opened.map_digest != map_digest(step.segments):
+        if (opened.map_digest, opened.segment_bytes) != (
+            map_digest(step.segments),
+            step.segments[miner].length,
+        ):
             raise BadFrame("OPEN cuts the tensor into other segments than this rank does")
 
     def _pinged(self, miner: int, header: Header, body: memoryview) -> None:
@@ -414,18 +419,14 @@ class PeerSession:
     # Outcome --------------------------------------------------------------------------------------
 
     def _acknowledge_if_complete(self, step: Step) -> None:
-        if step.phase is not Phase.RUNNING or len(step.certified) < len(step.involved):
+        if step.phase is not Phase.RUNNING or not step.complete:
             return
         if step.target is not None:
-            if any(step.received[m] < step.segments[m].length for m in step.involved):
-                return
-        elif step.source is None:
-            raise BadFrame("CERTIFICATE of a broadcast that was never announced")
-        if any(upload.sent < upload.length for upload in step.uploads):
-            raise BadFrame("CERTIFICATE before the whole segment was sent")
+            for miner in step.involved:
+                step.trust.check_output(miner)
         step.phase = Phase.ACKNOWLEDGED
         for miner in step.involved:
-            self._send(miner, Kind.ACK, Ack(segment_us=step.segment_us[miner]).encode())
+            self._send(miner, Kind.ACK, step.trust.ack_body(miner, step.segment_us[miner]))
         self._settle(step)
 
     def _settle(self, step: Step) -> None:
@@ -435,14 +436,16 @@ class PeerSession:
         spoken = step.committed | step.aborted.keys() | self._lost.keys()
         if not spoken.issuperset(step.involved):
             return
-        if step.committed:
+        if step.trust.conflict is not None:
+            step.fail(step.trust.conflict)
+        elif step.committed:
             step.phase = Phase.COMMITTED
             self.weights = step.next_weights(self.weights)
+            step.samples = take_samples(step, self.audit_budget)
         elif any(miner in self._lost for miner in step.involved):
             step.phase = Phase.IN_DOUBT
         else:
-            miner, abort = next(iter(step.aborted.items()))
-            step.fail(self._error_of(step, abort, miner))
+            step.fail(self._error_of(step, next(iter(step.aborted.values()))))
 
     def _fail(self, step: Step, error: MapReduceError, abort: Abort) -> None:
         """Ends a running step here and tells every miner, which tells every rank."""
@@ -451,29 +454,15 @@ class PeerSession:
         for miner in step.involved:
             self._send(miner, Kind.ABORT, body)
 
-    def _error_of(self, step: Step, abort: Abort, miner: int) -> MapReduceError:
-        rank = None if abort.rank is None else abort.rank + 1
-        if abort.code == "mismatch" and abort.differences:
-            differences = {
-                name: {index + 1: text for index, text in by_rank.items()}
-                for name, by_rank in abort.differences.items()
-            }
-            kind = ShapeMismatch if "shape" in differences else CollectiveMismatch
-            return kind(step.number, differences)
-        if abort.code == "peer_lost" and rank is not None:
-            return PeerLost(rank, abort.message, step.number)
-        if abort.code == "miner_lost" and abort.miner in range(self.terms.miner_count):
-            assert abort.miner is not None
-            return self._miner_lost_error(abort.miner, f"rank {rank} says: {abort.message}")
-        return StepAborted(step.number, rank, abort.message)
+    def _error_of(self, step: Step, abort: Abort) -> MapReduceError:
+        return error_of(abort, step.number, self.signatory.keys)
 
     def _miner_lost_error(self, miner: int, reason: str) -> MinerLost:
-        name = self.miners[miner]
+        name = self.signatory.keys.miners[miner]
         return MinerLost(name.uid, name.hotkey, miner, reason)
 
     def _bad(self, miner: int, message: str) -> BadFrame:
-        name = self.miners[miner]
-        return BadFrame(message, who=f"miner uid {name.uid} ({name.hotkey})")
+        return BadFrame(message, who=str(self.signatory.keys.miners[miner]))
 
     def check_open(self) -> None:
         """Raises JobClosed while a collective is under way: they go one at a time."""

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mapreduce.core.partition import Segment
     from mapreduce.core.reduce import ReduceOp
     from mapreduce.errors import MapReduceError
+    from mapreduce.wire.peer_trust import StepTrust
+    from mapreduce.wire.samples import Sample
 
 
 class Phase(enum.Enum):
@@ -43,7 +45,10 @@ class Target:
 class Step:
     """One collective at this peer. Read it freely; only the session changes it."""
 
-    def __init__(self, number: int, op: ReduceOp, root: int, miner_count: int) -> None:
+    def __init__(self, number: int, op: ReduceOp, root: int, trust: StepTrust) -> None:
+        miner_count = len(trust.sent)
+        self.trust = trust
+        self.samples: list[Sample] = []  # for audits, once it is committed
         self.number = number
         self.op = op
         self.root = root
@@ -60,7 +65,6 @@ class Step:
         self.first_result_at: float | None = None
         self.segment_us = [0] * miner_count  # as this rank states them in its ACKs
         self.acks: dict[int, tuple[int, ...]] = {}  # by miner: what all ranks stated, COMMIT says
-        self.certified: set[int] = set()
         self.committed: set[int] = set()
         self.aborted: dict[int, Abort] = {}
         self.progress: dict[int, Progress] = {}
@@ -82,6 +86,22 @@ class Step:
                 # copy: the step is atomic, and the user's tensor must come back if it fails
                 self.target.undo[where] = self.target.memory[where]
         return self.target.memory[where]
+
+    def take_result(self, miner: int, nbytes: int) -> None:
+        """The next bytes of this segment's result are in place."""
+        assert self.target is not None
+        begin = self.segments[miner].offset + self.received[miner]
+        self.trust.received[miner].add(self.target.memory[begin : begin + nbytes])
+        self.received[miner] += nbytes
+
+    def input_memory(self, miner: int) -> memoryview | None:
+        """What this rank contributed to the segment, wherever it is once the result is complete;
+        None if it contributed nothing."""
+        if self.source is None:
+            return None
+        undo = None if self.target is None else self.target.undo
+        segment = self.segments[miner]
+        return (undo or self.source)[segment.offset : segment.offset + segment.length]
 
     def time_segment(self, miner: int, now: float) -> None:
         """A result (or release) of this segment has come."""
@@ -112,6 +132,16 @@ class Step:
             times[miner] = sorted(said)[len(said) // 2]
         lengths = [segment.length for segment in self.segments]
         return rebalance(weights, lengths, times)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every miner has certified, and this rank holds all that they have certified."""
+        certified = self.trust.certificates
+        if any(miner not in certified for miner in self.involved):
+            return False
+        return self.target is None or all(
+            self.received[miner] == self.segments[miner].length for miner in self.involved
+        )
 
     @property
     def done(self) -> bool:

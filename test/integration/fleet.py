@@ -20,10 +20,11 @@ from mapreduce import __version__
 from mapreduce.chain.metagraph import Metagraph, Neuron
 from mapreduce.core.dtypes import dtype_from_numpy
 from mapreduce.core.reduce import ReduceOp
-from mapreduce.net.auth import Verifier, new_session_key, sign_request, sign_statement
+from mapreduce.net.auth import Verifier, new_session_key, sign_request
 from mapreduce.net.client import Remote, make_http_session
 from mapreduce.net.server import VERSION_HEADER, make_app, start_server
 from mapreduce.services.coordinator import Coordinator, Limits
+from mapreduce.services.grants import sign_grant
 from mapreduce.services.joining import open_job
 from mapreduce.services.miner import Miner
 from mapreduce.wire.bodies import TensorSpec
@@ -159,7 +160,7 @@ class Fleet:
     async def add_miner(self, **options: int) -> MinerNode:
         key = new_hotkey()
         limits = {"max_jobs": self._max_jobs, "memory_limit_bytes": self._memory_limit_bytes}
-        miner = Miner(key.ss58_address, self.directory, **(limits | options))
+        miner = Miner(key, self.directory, **(limits | options))
         app = make_app(Verifier(key.ss58_address), lambda: None)
         miner.add_routes(app)
         runner = await start_server(app, "127.0.0.1", 0)
@@ -204,14 +205,12 @@ class Fleet:
             "frame_bytes": self.limits.frame_bytes,
             "session_keys": [key.ss58_address for key in sessions],
             "miners": [node.address for node in miners],
-            "nonce_hash": "0" * 64,
+            "audit_budget": 0.01,
         }
         return Grant(**(fields | changes))
 
     def sign(self, grant: Grant, key: Keypair | None = None) -> SignedGrant:
-        text = encode_message(grant).decode()
-        signature = sign_statement(key or self.validator_key, "grant", text)
-        return SignedGrant(grant=text, signature=signature)
+        return sign_grant(key or self.validator_key, grant)
 
     async def offer(self, peer_count: int = 1, miner: int = 0) -> tuple[str, list[Keypair]]:
         """Makes a miner accept a job; returns its id and the session keys of its ranks."""

@@ -39,6 +39,8 @@ def join_request(**changes: Any) -> JoinRequest:
         "bandwidth": 1 << 20,
         "miner_count": None,
         "session_key": new_session_key().ss58_address,
+        "delegation": "0" * 128,
+        "audit": True,
         "job": "",
         "timeout_s": 5.0,
     }

@@ -173,7 +173,7 @@ VIOLATIONS = {
     "DATA of 16777216 bytes": Header(kind=Kind.DATA, length=16 * MIB).encode() + b"x",
     "at most 65536 are allowed": Header(kind=Kind.ABORT, length=65537).encode(),
     "OPEN body of 1 bytes is too short": encode_frame(
-        Header(kind=Kind.OPEN, step=1, length=1), b"\x01"
+        Header(kind=Kind.OPEN, step=1, rank=2, length=1), b"\x01"
     ),
 }
 

@@ -8,15 +8,28 @@ import pytest
 from mapreduce.core.dtypes import DType
 from mapreduce.core.reduce import ReduceOp
 from mapreduce.errors import BadFrame, CollectiveMismatch
-from mapreduce.wire.bodies import EMPTY_BODY, Ack, Commit, Open, TensorSpec
+from mapreduce.net.auth import signer
+from mapreduce.wire.bodies import VERSION_PREFIX, Ack, Commit, Open, TensorSpec
 from mapreduce.wire.frames import Header, Kind, encode_frame
+from mapreduce.wire.statements import open_statement
 from test.memory_job import MemoryJob
+from test.parties import Parties
 from test.unit.test_sessions import KIB, gradients, terms
+
+NO_ACK = Ack(segment_us=0, nonce=bytes(32), step_digest=bytes(32), signature=bytes(64))
 
 
 def peer_frame(kind: Kind, *, body: bytes = b"", **fields: int) -> bytes:
     header = Header(kind=kind, length=fields.pop("length", len(body)), **fields)
     return encode_frame(header, body) if body or not header.length else header.encode()
+
+
+def signed_open(opened: Open) -> bytes:
+    """The frame of a rank that opens step 1 as it says, with its signature."""
+    parties = Parties(terms(1, 1))
+    body = opened.encode()
+    statement = open_statement(parties.keys.place(1, 0), 0, body)
+    return peer_frame(Kind.OPEN, step=1, body=body + signer(parties.sessions[0])(statement))
 
 
 def opened(count: int = 8) -> bytes:
@@ -36,48 +49,45 @@ def opened(count: int = 8) -> bytes:
         (opened() + peer_frame(Kind.DATA, step=1, length=64 * KIB), "1 to 32768 are granted"),
         (opened() + peer_frame(Kind.DATA, step=1, length=0), "DATA of 0 bytes"),
         (opened() + opened(), "after step 1"),
-        (opened() + peer_frame(Kind.CLOSE, step=1, body=EMPTY_BODY), "CLOSE after 0 of 32"),
-        (opened() + peer_frame(Kind.ACK, step=1, body=Ack().encode()), "no certificate"),
-        (opened() + peer_frame(Kind.CLOSE, step=1, segment=3, body=EMPTY_BODY), "for segment 3"),
-        (opened() + peer_frame(Kind.CLOSE, step=1, rank=1, body=EMPTY_BODY), "of rank 2 on the"),
+        (opened() + peer_frame(Kind.CLOSE, step=1, body=VERSION_PREFIX), "CLOSE after 0 of 32"),
+        (opened() + peer_frame(Kind.ACK, step=1, body=NO_ACK.encode()), "no certificate"),
+        (
+            opened() + peer_frame(Kind.CLOSE, step=1, segment=3, body=VERSION_PREFIX),
+            "for segment 3",
+        ),
+        (
+            opened() + peer_frame(Kind.CLOSE, step=1, rank=1, body=VERSION_PREFIX),
+            "of rank 2 on the",
+        ),
         (peer_frame(Kind.OPEN, step=1, body=b"\x01"), "too short"),
-        (peer_frame(Kind.OPEN, step=1, body=b"\x09" + bytes(40)), "version 9"),
-        (peer_frame(Kind.COMMIT, body=EMPTY_BODY), "may not send COMMIT"),
+        (peer_frame(Kind.OPEN, step=1, body=b"\x09" + bytes(90)), "version 9"),
+        (peer_frame(Kind.COMMIT, body=VERSION_PREFIX), "may not send COMMIT"),
         (peer_frame(Kind.RESULT, length=5), "may not send RESULT"),
         (Header(kind=Kind.PING, length=1 << 20).encode(), "at most 65536"),
         (
-            peer_frame(
-                Kind.OPEN,
-                step=1,
-                body=Open(
+            signed_open(
+                Open(
                     op=ReduceOp.AVG,
                     tensor=TensorSpec(dtype=DType.FLOAT32, shape=(1 << 62, 1 << 62)),
-                ).encode(),
+                )
             ),
             "are granted",
         ),
         (
-            peer_frame(
-                Kind.OPEN,
-                step=1,
-                body=Open(
-                    op=ReduceOp.AVG, tensor=TensorSpec(dtype=DType.INT32, shape=(4,))
-                ).encode(),
-            ),
+            signed_open(Open(op=ReduceOp.AVG, tensor=TensorSpec(dtype=DType.INT32, shape=(4,)))),
             "no miner can reduce",
         ),
         (
-            peer_frame(
-                Kind.OPEN,
-                step=1,
-                body=Open(
+            signed_open(
+                Open(
                     op=ReduceOp.SUM,
                     tensor=TensorSpec(dtype=DType.INT32, shape=(4,)),
                     segment_bytes=17,
-                ).encode(),
+                )
             ),
             "a segment of 17 bytes in 16",
         ),
+        (opened()[:-1] + bytes([opened()[-1] ^ 1]), "OPEN that is not signed"),
     ],
 )
 def test_a_miner_refuses_what_the_protocol_forbids(stream: bytes, message: str) -> None:
@@ -104,14 +114,16 @@ def test_a_peer_that_ignores_its_window_is_stopped() -> None:
         (peer_frame(Kind.RESULT, step=1, offset=16, length=16), "0 of"),
         (peer_frame(Kind.RESULT, step=2, length=16), "for step 2"),
         (
-            peer_frame(Kind.COMMIT, step=1, body=Commit(segment_us=(0, 0)).encode()),
+            peer_frame(Kind.COMMIT, step=1, body=Commit(acks=(NO_ACK,) * 2).encode() + bytes(64)),
             "without this rank's acknowledgement",
         ),
-        (peer_frame(Kind.COMMIT, step=1, body=Commit(segment_us=(0,)).encode()), "2 ranks"),
+        (peer_frame(Kind.RECEIPT, step=1, body=VERSION_PREFIX + bytes(64)), "before CLOSE"),
+        (peer_frame(Kind.REJECT, step=1, body=VERSION_PREFIX + bytes(96)), "before CLOSE"),
+        (peer_frame(Kind.CERTIFICATE, step=1, body=VERSION_PREFIX + bytes(64)), "0 bytes"),
         (peer_frame(Kind.CREDIT, step=1, offset=1 << 30), "CREDIT for"),
         (peer_frame(Kind.DATA, step=1, length=16), "may not send DATA"),
-        (peer_frame(Kind.ABORT, step=1, body=EMPTY_BODY + b"{"), "cannot be read"),
-        (peer_frame(Kind.ABORT, step=1, body=EMPTY_BODY + b'{"code": "x"}'), "cannot be read"),
+        (peer_frame(Kind.ABORT, step=1, body=VERSION_PREFIX + b"{"), "cannot be read"),
+        (peer_frame(Kind.ABORT, step=1, body=VERSION_PREFIX + b'{"code": "x"}'), "cannot be read"),
     ],
 )
 def test_a_peer_refuses_what_the_protocol_forbids_and_names_the_miner(
@@ -122,7 +134,7 @@ def test_a_peer_refuses_what_the_protocol_forbids_and_names_the_miner(
     job.streams[0, 0].to_peer += frame + bytes(1)
     while not job.violations:
         job._deliver_to_peer((0, 0))
-    assert job.violations[0].who == "miner uid 10 (miner-0)"
+    assert job.violations[0].who == str(job.parties.keys.miners[0])
     assert message in str(job.violations[0])
 
 
