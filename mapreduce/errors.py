@@ -32,6 +32,7 @@ Knows the texts a person reads; ranks in them count from 1, as in `Peer`.
     |       +-- MinerFraud         ... proven against a miner; names it and the proof's file
     |       +-- PeerFraud          ... proven against a rank; names it and the proof's file
     |       +-- ResultDisputed     ... and nobody can prove who is wrong; names the miner
+    |       +-- CertificateConflict    ... ranks saw different results; the validator finds out why
     +-- Unavailable                nobody is proven guilty: timeout, refused connection
         +-- MinerLost              the stream to a miner broke; names uid, hotkey and segment
         +-- PeerTimeout            a rank did not enter or finish the step in time
@@ -210,11 +211,11 @@ class StepAborted(StepFailed):
 class IntegrityError(StepFailed):
     """What a party has signed does not fit the data, or another statement of its own.
 
-    `step` and `segment` say where; `proof` holds the evidence, empty where there is none, and
-    `proof_path` the file it was saved to, None while it is not.
+    `step` and `segment` (None: not known) say where; `proof` holds the evidence, empty where there
+    is none, and `proof_path` the file it was saved to, None while it is not.
     """
 
-    def __init__(self, message: str, *, step: int, segment: int, proof: bytes = b"") -> None:
+    def __init__(self, message: str, *, step: int, segment: int | None, proof: bytes = b"") -> None:
         super().__init__(message)
         self.step = step
         self.segment = segment
@@ -268,7 +269,14 @@ class ResultDisputed(IntegrityError):
     """
 
     def __init__(
-        self, uid: int, hotkey: str, rank: int, what: str, *, step: int, segment: int
+        self,
+        uid: int,
+        hotkey: str,
+        rank: int,
+        what: str,
+        *,
+        step: int,
+        segment: int,
     ) -> None:
         super().__init__(
             f"step {step}, segment {segment}: miner uid {uid} ({hotkey}) and rank {rank} disagree: "
@@ -279,6 +287,20 @@ class ResultDisputed(IntegrityError):
         self.uid = uid
         self.hotkey = hotkey
         self.rank = rank
+
+
+class CertificateConflict(IntegrityError):
+    """Two ranks (from 1) have acknowledged different certificates of one step: a miner showed them
+    different ones, or one of them lies. The validator can tell."""
+
+    def __init__(self, ranks: tuple[int, int], *, step: int) -> None:
+        super().__init__(
+            f"step {step}: ranks {ranks[0]} and {ranks[1]} were shown different certificates, or "
+            "one of them says so; who lied is not known yet",
+            step=step,
+            segment=None,
+        )
+        self.ranks = ranks
 
 
 class Unavailable(MapReduceError):

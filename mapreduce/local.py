@@ -129,6 +129,11 @@ class LocalSubnet:
         return self._directory
 
     @property
+    def state_path(self) -> Path:
+        """The validator's state: proofs, disputes, jobs."""
+        return self.directory / "validator.sqlite"
+
+    @property
     def network(self) -> str:
         """What to give as `--subtensor.network` or `Peer(network=...)`."""
         return f"embedded:{self.directory / 'chain.sqlite'}"
@@ -184,6 +189,7 @@ class LocalSubnet:
             *("--wallet.path", str(self.directory / "wallets")),
             *("--axon.ip", place.ip),
             *("--axon.port", str(place.port)),
+            *(("--validator.state", str(self.state_path)) if role == "validator" else ()),
             *place.flags,
             *flags,
         ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -27,6 +28,7 @@ from mapreduce.errors import (
 from mapreduce.net.client import Remote
 from mapreduce.net.loop import LoopThread
 from mapreduce.services.joining import open_job
+from mapreduce.services.peer_job import PROOF_DIRECTORY
 from mapreduce.wire.peer_step import Target
 from peer.tensors import Tensor, as_bytes, assign, describe, mark_written, new_tensor
 
@@ -68,6 +70,9 @@ class Peer:
             opened at the same time.
         join_timeout: seconds that ranks wait for each other in `init_process_group`.
         enter_timeout: seconds that a collective waits for ranks that have not called it.
+        audit: whether the validator may look at samples of the data, some blocks of 16 KiB in a
+            step, to prove the miners' sums right. All ranks must say the same.
+        proof_directory: where proofs against miners that lie go.
 
     Raises:
         InvalidArgument: a number is out of range.
@@ -87,6 +92,8 @@ class Peer:
         job: str = "",
         join_timeout: float = 60.0,
         enter_timeout: float = 1800.0,
+        audit: bool = True,
+        proof_directory: str | os.PathLike[str] = PROOF_DIRECTORY,
     ) -> None:
         for name, value, allowed in (
             ("peer_count", peer_count, peer_count >= 1),
@@ -114,6 +121,8 @@ class Peer:
         self._job_name = job
         self._join_timeout = join_timeout
         self._enter_timeout = enter_timeout
+        self._audit = audit
+        self._proof_directory = Path(proof_directory)
         self._loop: LoopThread | None = None
         self._job: PeerJob | None = None
         self._pid = 0
@@ -186,6 +195,8 @@ class Peer:
             bandwidth=self.bandwidth,
             miner_count=self._miner_count,
             job=self._job_name,
+            audit=self._audit,
+            proof_directory=self._proof_directory,
             join_timeout_s=self._join_timeout,
         )
 
@@ -243,6 +254,9 @@ class Peer:
             UnsupportedTensor: this tensor or dtype cannot be reduced; says what to pass.
             TensorTooLarge: it has more bytes than the job's `bandwidth`.
             StepFailed: ranks disagree (CollectiveMismatch), one was lost or gave up.
+            IntegrityError: a miner (or rank) signed what does not fit the data. MinerFraud names
+                the miner and the file with the proof, and ends the job; where it tells of an
+                earlier step, that step's result was wrong.
             Unavailable: a miner was lost (MinerLost), or a rank did not come (PeerTimeout).
             JobClosed: there is no process group.
         """

@@ -199,6 +199,8 @@ def _validator(settings: Settings) -> ValidatorConfig:
         join_timeout_s=settings["validator.join_timeout"].value,
         window_bytes=window.value,
         frame_bytes=frame_bytes,
+        audit_budget=settings["validator.audit_budget"].value,
+        state=_path(settings["validator.state"].value),
         chain=_chain(settings),
         wallet=_wallet(settings),
         axon=_axon(settings),
@@ -256,9 +258,11 @@ def _axon(settings: Settings) -> AxonConfig:
 
 def _logging(settings: Settings) -> LoggingConfig:
     directory = settings["logging.logging_dir"].value
-    return LoggingConfig(
-        level=_level(settings), logging_dir=None if directory is None else Path(directory)
-    )
+    return LoggingConfig(level=_level(settings), logging_dir=_path(directory))
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text).expanduser()
 
 
 def _level(settings: Settings) -> Level:

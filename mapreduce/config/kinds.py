@@ -106,6 +106,23 @@ class Seconds:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """A part of a whole, from nothing to all of it."""
+
+    allowed: str = "a number from 0 to 1"
+
+    def from_text(self, text: str) -> float:
+        return self.check(float(text))
+
+    def check(self, value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError
+        if not 0 <= value <= 1:  # also false for NaN
+            raise ValueError
+        return float(value)
+
+
+@dataclass(frozen=True, slots=True)
 class Switch:
     """True or false; on the command line its mere presence means true."""
 

@@ -17,11 +17,13 @@ from mapreduce.config.kinds import (
     Network,
     NotAllowed,
     Seconds,
+    Share,
     Switch,
     UpdateLevel,
     WalletName,
     Whole,
 )
+from mapreduce.core.challenge import DEFAULT_BUDGET
 from mapreduce.core.partition import BLOCK_BYTES
 from mapreduce.errors import ConfigError
 from mapreduce.wire.terms import MAX_FRAME_BYTES, MAX_WINDOW_BYTES
@@ -229,6 +231,25 @@ _TABLE = (
         default=2**20,
         roles=VALIDATOR,
         help="largest payload of a frame in bytes, at most the window; written into grants",
+    ),
+    Option(
+        key="validator.audit_budget",
+        kind=Share(),
+        group=_VALIDATOR,
+        alias="--audit_budget",
+        default=DEFAULT_BUDGET,
+        roles=VALIDATOR,
+        help="what audits may add to the traffic of a job, as a share of it; 0: no samples are "
+        "taken",
+    ),
+    Option(
+        key="validator.state",
+        kind=FilePath(),
+        group=_VALIDATOR,
+        alias="--state",
+        default_text="~/.mapreduce/HOTKEY.sqlite",
+        roles=VALIDATOR,
+        help="the file with proofs of lies, disputes and jobs; kept from run to run",
     ),
     Option(
         key="validator.uid",

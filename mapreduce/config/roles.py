@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import Literal
 
 from mapreduce.config.options import check
+from mapreduce.core.challenge import DEFAULT_BUDGET
 from mapreduce.errors import ConfigError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 Level = Literal["info", "debug", "trace"]
 AutoUpdate = Literal["major", "minor", "patch", "no"]
@@ -113,6 +112,8 @@ class ValidatorConfig:
     join_timeout_s: float = 60.0
     window_bytes: int = 4 * 2**20
     frame_bytes: int = 2**20
+    audit_budget: float = DEFAULT_BUDGET
+    state: Path | None = None
     chain: ChainConfig = field(default_factory=ChainConfig)
     wallet: WalletConfig = field(default_factory=WalletConfig)
     axon: AxonConfig = field(default_factory=AxonConfig)
@@ -126,7 +127,12 @@ class ValidatorConfig:
         check("validator.join_timeout", self.join_timeout_s)
         check("validator.window_bytes", self.window_bytes)
         check("validator.frame_bytes", self.frame_bytes)
+        check("validator.audit_budget", self.audit_budget)
         check_frame(self.frame_bytes, self.window_bytes)
+
+    def state_path(self, hotkey: str) -> Path:
+        """The file with this validator's state."""
+        return self.state or Path("~/.mapreduce").expanduser() / f"{hotkey}.sqlite"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

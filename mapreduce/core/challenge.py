@@ -1,12 +1,14 @@
-"""Which blocks of a segment are opened for an audit. Pure arithmetic on hashes and counts.
+"""Which segment of a step is audited, which of its blocks, and who opens the output. Pure
+arithmetic on hashes and counts.
 
-The choice follows from what the miner has certified and from nonces that every peer was committed
-to before and showed only afterwards: one honest peer makes it unpredictable to the miner.
+The choice follows from what all miners have certified and from nonces that every peer was committed
+to before and showed only afterwards: one honest peer makes it unpredictable to the miners.
 """
 
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
@@ -52,9 +54,47 @@ def sample_count(nbytes: int, contributors: int, readers: int, budget: float) ->
     return min(most, max(1, int(affordable_samples(nbytes, contributors, readers, budget))))
 
 
-def challenge_seed(certificate: bytes, nonces: Sequence[bytes]) -> bytes:
-    """The seed of the choice: hash of the certificate's digest and all nonces in rank order."""
-    return blake3(certificate + b"".join(nonces), derive_key_context=_SEED_CONTEXT).digest()
+def challenge_seed(step_digest: bytes, nonces: Sequence[bytes]) -> bytes:
+    """The seed of a step's choices: hash of what binds its certificates, 32 bytes, and of all
+    nonces in rank order, 32 bytes each."""
+    return blake3(step_digest + b"".join(nonces), derive_key_context=_SEED_CONTEXT).digest()
+
+
+def challenged_segment(seed: bytes, segments: Sequence[int]) -> int:
+    """Which of these segments is audited in this step."""
+    return segments[choose_blocks(_derive(seed, "segment"), len(segments), 1)[0]]
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """What is opened of the audited segment: `blocks` of every contributor's input, and of the
+    output by the rank `opener`."""
+
+    blocks: tuple[int, ...]
+    opener: int
+
+
+def challenge(
+    seed: bytes, nbytes: int, peer_count: int, segment_count: int, budget: float
+) -> Challenge | None:
+    """What a reduction's audited segment of `nbytes` has to show, one of `segment_count`.
+
+    Where not even one block fits the budget the step is audited with the probability that makes it
+    fit in the long run; None if this one is not.
+    """
+    count = sample_count(nbytes, peer_count, peer_count, budget)
+    if not count:
+        return None
+    share = affordable_samples(nbytes, peer_count, peer_count, budget) * segment_count
+    (draw,) = _DRAW.unpack_from(_derive(seed, "whether"))
+    if draw >= share * _RANGE:
+        return None
+    (opener,) = choose_blocks(_derive(seed, "opener"), peer_count, 1)
+    return Challenge(choose_blocks(_derive(seed, "blocks"), block_count(nbytes), count), opener)
+
+
+def _derive(seed: bytes, what: str) -> bytes:
+    return blake3(seed + what.encode(), derive_key_context=_SEED_CONTEXT).digest()
 
 
 def choose_blocks(seed: bytes, blocks: int, count: int) -> tuple[int, ...]:

@@ -78,13 +78,18 @@ async def call(
     answer: type[Answer],
     *,
     timeout_s: float = 10.0,
+    most_bytes: int = MAX_MESSAGE_BYTES,
 ) -> Answer:
-    """Sends one signed request and decodes the answer.
+    """Sends one signed request and decodes the answer, of at most `most_bytes`. `message` may be
+    bytes, and so may the `answer`.
 
     Raises Unavailable if none comes, Refused (VersionMismatch) if the answer is no, and BadMessage
     if it cannot be read.
     """
-    body = b"" if message is None else encode_message(message)
+    if message is None or isinstance(message, bytes):
+        body = message or b""
+    else:
+        body = encode_message(message)
     headers = sign_request(key, method=method, path=path, body=body, receiver=remote.hotkey)
     try:
         async with (
@@ -93,9 +98,9 @@ async def call(
                 method, remote.url(path), data=body, headers=headers, allow_redirects=False
             ) as response,
         ):
-            data = await response.content.read(MAX_MESSAGE_BYTES + 1)
-            while len(data) <= MAX_MESSAGE_BYTES and not response.content.at_eof():
-                data += await response.content.read(MAX_MESSAGE_BYTES + 1 - len(data))
+            data = await response.content.read(most_bytes + 1)
+            while len(data) <= most_bytes and not response.content.at_eof():
+                data += await response.content.read(most_bytes + 1 - len(data))
             status = response.status
     except TimeoutError:
         raise Unavailable(f"{remote} did not answer {method} {path} in {timeout_s:g} s") from None
@@ -103,6 +108,10 @@ async def call(
         raise Unavailable(f"{remote} cannot be reached: {error or type(error).__name__}") from None
     if status != 200:
         raise_refusal(remote, status, data)
+    if isinstance(data, answer):  # bytes were asked for
+        if len(data) > most_bytes:
+            raise BadMessage(f"an answer of more than {most_bytes} bytes", who=str(remote))
+        return data
     try:
         return decode_message(answer, data)
     except BadMessage as error:

@@ -28,6 +28,8 @@ from mapreduce.services.lobby import Group, Lobby
 from mapreduce.wire.messages import (
     Accepted,
     Grant,
+    GrantedJob,
+    JobMember,
     JoinRequest,
     MinerAddress,
     MinerStatus,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from aiohttp import web
     from bittensor.sp_core import Keypair
 
+    from mapreduce.services.auditor import Auditor
     from mapreduce.services.neuron import Directory
 
 GRANT_LIFETIME_S = 3600.0
@@ -86,6 +89,7 @@ class Coordinator:
         directory: Directory,
         http: aiohttp.ClientSession,
         limits: Limits,
+        auditor: Auditor,
     ) -> None:
         self.hotkey: str = key.ss58_address
         self._key = key
@@ -93,6 +97,7 @@ class Coordinator:
         self._directory = directory
         self._http = http
         self._limits = limits
+        self._auditor = auditor
         self._lobby = Lobby()
         self._grants: dict[Group, asyncio.Future[SignedGrant]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -167,6 +172,17 @@ class Coordinator:
     async def _grant(self, group: Group, granted: asyncio.Future[SignedGrant]) -> None:
         try:
             signed = await self._find_miners(group)
+            self._auditor.granted(
+                decode_message(Grant, signed.grant).job,
+                GrantedJob(
+                    signed=signed,
+                    members=[
+                        JobMember(hotkey=member.hotkey, delegation=member.delegation.hex())
+                        for member in group.ranks
+                    ],
+                    audit=group.first.audit,
+                ),
+            )
             if not granted.done():
                 granted.set_result(signed)
         except MapReduceError as error:
@@ -227,9 +243,16 @@ class Coordinator:
             for n in metagraph.neurons
             if n.ip is not None and n.port and n.hotkey != self.hotkey and n.hotkey not in refused
         ]
+        banned = self._auditor.banned()
+        reasons = list(refused.values())
+        reasons += [
+            f"uid {miner.uid}: proven to have lied (proof {banned[miner.hotkey]})"
+            for miner in candidates
+            if miner.hotkey in banned
+        ]
+        candidates = [miner for miner in candidates if miner.hotkey not in banned]
         answers = await asyncio.gather(*(self._status(miner) for miner in candidates))
         needed_bytes = self._terms(group, 1).miner_bytes
-        reasons = list(refused.values())
         able: list[tuple[float, float, MinerAddress]] = []
         for miner, status in zip(candidates, answers, strict=True):
             if isinstance(status, str):
@@ -344,7 +367,13 @@ class Coordinator:
         return grant, grant.session_keys.index(request[CALLER].address)
 
     async def _renew(self, request: web.Request) -> web.Response:
-        grant, _ = self._own_grant(request, decode_message(SignedGrant, request[BODY]))
+        grant, rank = self._own_grant(request, decode_message(SignedGrant, request[BODY]))
+        if self._auditor.excluded(grant.job, rank):
+            raise Refused(
+                "this rank did not show the samples that it was asked for; open a new job",
+                code="excluded",
+                status=403,
+            )
         now = time.time()
         if grant.expires_at < now:
             raise Refused("the grant has expired; open a new job", code="expired", status=410)

@@ -19,11 +19,13 @@ from mapreduce.errors import (
 from mapreduce.net.auth import new_session_key, signer
 from mapreduce.net.client import Remote, call, make_http_session
 from mapreduce.services.grants import read_grant
-from mapreduce.services.peer_job import PeerJob
+from mapreduce.services.peer_job import PROOF_DIRECTORY, PeerJob
 from mapreduce.wire.messages import JoinRequest, SignedGrant
 from mapreduce.wire.statements import session_key_statement
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from bittensor.sp_core import Keypair
 
 GRANTING_S = 30.0  # finding miners comes on top of waiting for ranks
@@ -39,10 +41,11 @@ async def open_job(
     miner_count: int | None = None,
     job: str = "",
     audit: bool = True,
+    proof_directory: Path = PROOF_DIRECTORY,
     join_timeout_s: float = 60.0,
 ) -> PeerJob:
     """Joins a job as `rank` (index from 0) and opens its streams. `audit`: the validator may see
-    samples of the data.
+    samples of the data; proofs of lies go to files in `proof_directory`.
 
     Raises:
         ValidatorUnreachable: nobody answers at the validator's axon.
@@ -84,7 +87,16 @@ async def open_job(
         grant = read_grant(signed, validator.hotkey)
         if rank >= len(grant.session_keys) or grant.session_keys[rank] != key.ss58_address:
             raise BadMessage("the grant does not name this peer at its rank", who=str(validator))
-        peer_job = PeerJob(http, validator, key, signed, grant, rank, audit=audit)
+        peer_job = PeerJob(
+            http,
+            validator,
+            key,
+            signed,
+            grant,
+            rank,
+            audit=audit,
+            proof_directory=proof_directory,
+        )
         try:
             await peer_job.connect()
         except BaseExceptionGroup as errors:

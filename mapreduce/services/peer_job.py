@@ -12,13 +12,16 @@ import logging
 import math
 import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mapreduce.errors import (
     BadMessage,
+    IntegrityError,
     JobClosed,
     MapReduceError,
     MinerLost,
+    PeerLost,
     PeerTimeout,
     StepInDoubt,
     Unavailable,
@@ -28,6 +31,7 @@ from mapreduce.net.client import Remote, call
 from mapreduce.net.send_queue import MEASURE_S
 from mapreduce.net.stream import FrameStream, connect_stream
 from mapreduce.services.grants import job_keys, read_grant
+from mapreduce.services.peer_audit import PeerAudit
 from mapreduce.services.step_report import StepReport, measure
 from mapreduce.wire.messages import Accepted, Grant, Report, ReportAnswer, SignedGrant
 from mapreduce.wire.peer_session import PeerSession
@@ -52,6 +56,8 @@ LOG_WAIT_S = 10.0  # between two log lines about the same wait
 MIN_STALL_S = 20.0  # inside a step: nothing moves for that long, or for ten times the last step
 CONNECT_TIMEOUT_S = 10.0
 DOUBT_TIMEOUT_S = 5.0  # for other ranks to tell the validator what they saw
+LEARN_S = 1.0  # for the validator to tell whether a rank was lost because of a lie
+PROOF_DIRECTORY = Path("~/.mapreduce/proofs")
 LAST_REPORT_S = 2.0  # for a report that is on its way when the job is closed
 
 _log = logging.getLogger(__name__)
@@ -70,6 +76,7 @@ class PeerJob:
         rank: int,
         *,
         audit: bool = True,
+        proof_directory: Path = PROOF_DIRECTORY,
     ) -> None:
         self.grant = grant
         self.rank = rank
@@ -81,6 +88,9 @@ class PeerJob:
         budget = grant.audit_budget if audit else 0.0
         # Not the loop's clock: uvloop's counts whole milliseconds.
         self.session = PeerSession(grant.terms, signatory, time.perf_counter, budget)
+        self.audit = PeerAudit(
+            http, validator, session_key, signed, grant.job, signatory, proof_directory
+        )
         self.last_step: StepReport | None = None
         self._http = http
         self._validator = validator
@@ -106,6 +116,7 @@ class PeerJob:
             for index in range(len(self.miners)):
                 group.create_task(self._connect(index))
         self._upkeep = asyncio.create_task(self._keep_up())
+        self.audit.start()
 
     async def _connect(self, index: int) -> None:
         remote = self.miners[index]
@@ -144,6 +155,7 @@ class PeerJob:
             await asyncio.wait([stream.closed for stream in streams], timeout=5.0)
         for response in self._responses:
             response.close()
+        await self.audit.close()
         await self._http.close()
 
     def _leave(self, reason: str) -> None:
@@ -173,11 +185,12 @@ class PeerJob:
         self.session.check_open()
         started, started_at = self._loop.time(), time.perf_counter()
         self._changed.clear()
+        self.session.fraud = self.session.fraud or self.audit.fraud
         try:
             step = self.session.begin(
                 op, root=root, tensor=tensor, source=source, allocate=allocate
             )
-        except MinerLost as error:
+        except (MinerLost, IntegrityError) as error:
             self._leave(str(error))  # other ranks may not know: without us no step can end
             raise
         self._pump()
@@ -191,16 +204,27 @@ class PeerJob:
                 # It does not learn how the step ended, and so not how the next one is cut.
                 self._leave(str(given_up))
             self._rest_queues()
+            self.audit.step_over(step)
             step.release()
         if step.phase is Phase.COMMITTED:
             self._committed_step = step.number
         if self.session.lost and not isinstance(step.error, StepInDoubt):
             # Ranks that are in doubt ask the validator.
             await self._report(step, "failed" if step.error else "committed")
+        if self.session.fraud is not None:
+            self.session.fraud = await self.audit.accuse(self.session.fraud)
         if step.error is not None:
-            raise step.error
+            raise await self._explained(step.error)
         self.last_step = measure(step, self.grant.miners, time.perf_counter() - started_at)
         return step
+
+    async def _explained(self, error: MapReduceError) -> MapReduceError:
+        """Why the step failed, with the evidence filed; a rank may have left because of a lie."""
+        if isinstance(error, IntegrityError):
+            return await self.audit.accuse(error)
+        if isinstance(error, PeerLost) and not self._closing:
+            return await self.audit.known_fraud(LEARN_S) or error
+        return error
 
     def abort(self, reason: str) -> bool:
         """Gives up the step under way, on every rank.

@@ -1,4 +1,5 @@
-"""The validator's record of who is to blame: proven, unavailable and unattributed, never mixed.
+"""The validator's record of who is to blame: proven, unavailable and unattributed, never mixed; and
+of the jobs that it has granted.
 
 Knows one SQLite file and its rows. Knows nothing of clocks (the caller says what time it is), of
 what makes a proof valid, or of what an entry costs in score; bounds on strings are the caller's.
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION: Final = 1
 APPLICATION_ID: Final = 0x4D524C31  # "MRL1" in the file's header: tells our files from foreign ones
 
+KEEP_JOBS_S: Final = 7 * 86400.0  # far longer than a grant lives
 _BUSY_S: Final = 1.0  # the validator is the only writer; longer means that something is wrong
 _SCHEMA: Final = (
     "CREATE TABLE proofs (id TEXT PRIMARY KEY NOT NULL, kind TEXT NOT NULL,"
@@ -35,6 +37,7 @@ _SCHEMA: Final = (
     "CREATE INDEX entries_at ON entries (ledger, at)",
     "CREATE UNIQUE INDEX disputes ON entries (peer, miner, job, step, segment)"
     " WHERE ledger = 'unattributed'",
+    "CREATE TABLE jobs (job TEXT PRIMARY KEY NOT NULL, at REAL NOT NULL, data TEXT NOT NULL)",
 )
 
 
@@ -200,6 +203,18 @@ class Ledger:
             DisputeEntry(peer=peer, miner=miner, **rest)
             for peer, miner, rest in self._entries("unattributed", since)
         ]
+
+    # Jobs ----------------------------------------------------------------------------------------
+
+    def add_job(self, job: str, data: str, now: float) -> None:
+        """Keep what is known of a granted job, as text; jobs older than `KEEP_JOBS_S` go."""
+        self._execute("DELETE FROM jobs WHERE at < ?", (now - KEEP_JOBS_S,))
+        self._execute("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?)", (job, now, data))
+
+    def job(self, job: str) -> str | None:
+        """What is known of the job."""
+        rows = self._execute("SELECT data FROM jobs WHERE job = ?", (job,))
+        return rows[0][0] if rows else None
 
     # ---------------------------------------------------------------------------------------------
     # Any in what follows: the columns of a row, which the schema types.

@@ -25,6 +25,7 @@ from mapreduce.wire.proofs import check_claim, decode_claim
 
 if TYPE_CHECKING:
     from mapreduce.wire.keys import JobKeys
+    from mapreduce.wire.proofs import Finding
 
 
 def abort_of(error: IntegrityError, rank: int, miner: int) -> Abort:
@@ -64,20 +65,13 @@ def _proven(abort: Abort, step: int, rank: int | None, keys: JobKeys) -> MapRedu
         found = check_claim(decode_claim(abort.proof), keys)
     except BadMessage as error:
         return StepAborted(step, rank, f"it shows a proof that proves nothing: {error}")
+    return fraud_of(found, abort.proof)
+
+
+def fraud_of(found: Finding, proof: bytes) -> IntegrityError:
+    """The error that a proof makes."""
+    where = {"step": found.step, "segment": found.segment}
     if found.rank is not None:
-        return PeerFraud(
-            found.rank + 1,
-            found.what,
-            step=found.step,
-            segment=found.segment,
-            proof=abort.proof,
-        )
+        return PeerFraud(found.rank + 1, found.what, **where, proof=proof)
     assert found.uid is not None
-    return MinerFraud(
-        found.uid,
-        found.culprit,
-        found.what,
-        step=found.step,
-        segment=found.segment,
-        proof=abort.proof,
-    )
+    return MinerFraud(found.uid, found.culprit, found.what, **where, proof=proof)

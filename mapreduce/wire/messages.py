@@ -23,6 +23,7 @@ _STRICT = ConfigDict(extra="ignore", strict=True)
 Text = Annotated[str, Field(max_length=1024)]
 Address = Annotated[str, Field(pattern="^[1-9A-HJ-NP-Za-km-z]{46,50}$")]  # ss58
 JobId = Annotated[str, Field(pattern=JOB_ID_PATTERN)]
+ProofId = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Rank = Annotated[int, Field(ge=0, lt=MAX_PEERS)]
 Uid = Annotated[int, Field(ge=0, lt=1 << 16)]
@@ -117,6 +118,28 @@ class SignedGrant:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JobMember:
+    """Who joined as a rank: a hotkey, and its word for the session key in the grant."""
+
+    __pydantic_config__ = _STRICT
+
+    hotkey: Address
+    delegation: Signature
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrantedJob:
+    """What a validator keeps of a job: the grant as it was first signed, its members by rank, and
+    whether they let samples be taken."""
+
+    __pydantic_config__ = _STRICT
+
+    signed: SignedGrant
+    members: Annotated[list[JobMember], Field(min_length=1, max_length=MAX_PEERS)]
+    audit: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MinerStatus:
     """What a miner has room for. Not evidence of anything: it never enters a score."""
 
@@ -165,6 +188,60 @@ class ReportAnswer:
 
     committed_step: Count
     failed_steps: Annotated[list[Count], Field(max_length=64)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignedCompletion:
+    """A `statements.Completion` and its rank's signature, in hex."""
+
+    __pydantic_config__ = _STRICT
+
+    content: Annotated[str, Field(pattern="^(?:[0-9a-f]{2})+$", max_length=32 * 1024)]
+    signature: Signature
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dispute:
+    """In this step the peer and the miner of this segment say different things, and the peer
+    cannot prove that it is right."""
+
+    __pydantic_config__ = _STRICT
+
+    step: Count
+    segment: Annotated[int, Field(ge=0, lt=MAX_MINERS)]
+    what: Text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionBatch:
+    """A peer tells its validator how steps have ended; steps may be told of more than once."""
+
+    __pydantic_config__ = _STRICT
+
+    rank: Rank
+    completions: Annotated[list[SignedCompletion], Field(max_length=256)]
+    disputes: Annotated[list[Dispute], Field(max_length=64)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WantedOpenings:
+    """What the validator asks for: `openings` of the step's sample, or a certificate alone."""
+
+    __pydantic_config__ = _STRICT
+
+    step: Count
+    segment: Annotated[int, Field(ge=0, lt=MAX_MINERS)]
+    openings: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditAnswer:
+    """What the validator wants to see, and the proofs of lies in this job that it knows of."""
+
+    __pydantic_config__ = _STRICT
+
+    wants: Annotated[list[WantedOpenings], Field(max_length=1024)]
+    proofs: Annotated[list[ProofId], Field(max_length=64)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

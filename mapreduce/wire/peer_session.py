@@ -37,7 +37,7 @@ from mapreduce.wire.bodies import Abort, Open, Progress, TensorSpec, decode_text
 from mapreduce.wire.frames import REPLY, FrameReader, Header, Kind, encode_frame
 from mapreduce.wire.peer_step import Phase, Step, Target
 from mapreduce.wire.peer_trust import Signatory, StepTrust
-from mapreduce.wire.samples import take_samples
+from mapreduce.wire.samples import take_sample
 from mapreduce.wire.schedule import FIRST_FRAME_BYTES, next_upload
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ _SCRATCH_BYTES = 256 * 1024
 
 class PeerSession:
     """One job at one peer, `signatory`; `clock` gives seconds from any start. Blocks worth a share
-    `audit_budget` of a segment's traffic go to the `samples` of a step, for audits; none if it is
+    `audit_budget` of a segment's traffic go to the `sample` of a step, for audits; none if it is
     0. `fraud` is what was proven when the step could no longer fail: no further one begins.
 
     Feed it with `begin`, `miner_lost` and the frames of each miner (through `reader(miner)`); then
@@ -441,7 +441,7 @@ class PeerSession:
         elif step.committed:
             step.phase = Phase.COMMITTED
             self.weights = step.next_weights(self.weights)
-            step.samples = take_samples(step, self.audit_budget)
+            step.sample = take_sample(step, self.audit_budget)
         elif any(miner in self._lost for miner in step.involved):
             step.phase = Phase.IN_DOUBT
         else:

@@ -48,7 +48,7 @@ class Step:
     def __init__(self, number: int, op: ReduceOp, root: int, trust: StepTrust) -> None:
         miner_count = len(trust.sent)
         self.trust = trust
-        self.samples: list[Sample] = []  # for audits, once it is committed
+        self.sample: Sample | None = None  # for an audit, once it is committed
         self.number = number
         self.op = op
         self.root = root

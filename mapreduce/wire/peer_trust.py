@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING
 from mapreduce.core.challenge import NONCE_BYTES, nonce_hash
 from mapreduce.core.hash_tree import DIGEST_BYTES, BlockTree
 from mapreduce.core.reduce import ReduceOp
-from mapreduce.errors import BadFrame, BadMessage, MinerFraud, ResultDisputed
+from mapreduce.errors import (
+    BadFrame,
+    BadMessage,
+    CertificateConflict,
+    MinerFraud,
+    ResultDisputed,
+)
 from mapreduce.wire.bodies import (
     VERSION_PREFIX,
     Ack,
@@ -72,7 +78,7 @@ class StepTrust:
         self.certificates: dict[int, Certificate] = {}
         self.signatures: dict[int, bytes] = {}  # of the certificates
         self.commits: dict[int, tuple[Ack, ...]] = {}
-        self.conflict: ResultDisputed | None = None
+        self.conflict: CertificateConflict | None = None
         self._keys = signatory.keys
         self._rank = signatory.rank
         self._nonces = [signatory.random_bytes(NONCE_BYTES) for _ in range(miner_count)]
@@ -256,9 +262,8 @@ class StepTrust:
             if not self._keys.signed_by_rank(rank, said.statement(), ack.signature):
                 raise BadFrame(f"COMMIT echoes an ACK that rank {rank + 1} has not signed")
             if ack.step_digest != self._step_digest:
-                self.conflict = self._disputed(
-                    miner, f"rank {rank + 1} was shown other certificates than this one"
-                )
+                ranks = (self._rank + 1, rank + 1)
+                self.conflict = CertificateConflict(ranks, step=self.step)
             elif nonce_hash(ack.nonce) != entries[rank][1]:
                 raise BadFrame(f"COMMIT echoes a nonce that rank {rank + 1} was not committed to")
         self.commits[miner] = commit.acks

@@ -10,36 +10,23 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mapreduce.core.challenge import challenge_seed, choose_blocks, sample_count
-from mapreduce.core.hash_tree import BlockTree, block_count
+from mapreduce.core.challenge import challenge, challenge_seed, challenged_segment
+from mapreduce.core.hash_tree import DIGEST_BYTES, BlockTree, block_count
 from mapreduce.core.partition import BLOCK_BYTES
+from mapreduce.core.reduce import ReduceOp
 from mapreduce.wire.bodies import Commit
 from mapreduce.wire.proofs import Opening, Signed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from mapreduce.wire.bodies import Ack
     from mapreduce.wire.peer_step import Step
-    from mapreduce.wire.statements import Certificate
 
 MAX_KEPT_BYTES = 64 << 20
 
 
-def challenged_blocks(
-    certificate: Certificate, acks: Sequence[Ack], budget: float
-) -> tuple[int, ...]:
-    """The blocks that an audit of this segment opens, ascending."""
-    contributors, readers = len(certificate.contributors), certificate.readers
-    count = sample_count(certificate.nbytes, contributors, readers, budget)
-    seed = challenge_seed(certificate.digest, [ack.nonce for ack in acks])
-    return choose_blocks(seed, block_count(certificate.nbytes), count)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """What the parties signed about one segment: its certificate, and the acknowledgements that
-    the miner of `commit_segment` has echoed (another one, if its own withheld them)."""
+    """What shows which blocks a step has to open: the certificate of the audited segment, and the
+    acknowledgements that the miner of `commit_segment` has echoed."""
 
     certificate: Signed
     commit_segment: int
@@ -48,8 +35,8 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One segment of a committed step. `inputs` and `outputs` are the chosen blocks, empty where
-    this rank had no input or got no output."""
+    """The audited segment of a committed step. `inputs` are the chosen blocks of this rank's
+    contribution; `outputs` those of the result, empty unless this rank opens it."""
 
     step: int
     segment: int
@@ -65,62 +52,62 @@ class Sample:
     def kept_bytes(self) -> int:
         """Memory that it takes, the trees included."""
         blocks = sum(map(len, self.inputs)) + sum(map(len, self.outputs))
-        return blocks + 32 * 2 * block_count(self.nbytes)
+        return blocks + 2 * DIGEST_BYTES * block_count(self.nbytes)
 
-    def openings(self, *, output: bool) -> list[Opening]:
-        """The chosen blocks with their paths, of the input or of the output."""
-        data = self.outputs if output else self.inputs
-        if not data:
-            return []
-        tree = self.output_tree if output else self.input_tree
-        return [
-            Opening(data=block, path=path)
-            for block, path in zip(data, tree.paths(self.blocks), strict=True)
-        ]
+    def openings(self) -> list[Opening]:
+        """The chosen blocks with their paths: of the input, and behind them of the output."""
+        opened = []
+        for data, tree in ((self.inputs, self.input_tree), (self.outputs, self.output_tree)):
+            if data:
+                paths = tree.paths(self.blocks)
+                opened += [Opening(data=d, path=p) for d, p in zip(data, paths, strict=True)]
+        return opened
 
 
-def take_samples(step: Step, budget: float) -> list[Sample]:
-    """What to keep of a step that has just been committed, while its memory is as it was."""
+def take_sample(step: Step, budget: float) -> Sample | None:
+    """What to keep of a step that has just been committed, while its memory is as it was.
+
+    A broadcast needs no audit: every rank sees in the certificate that what came out is what went
+    in, and the sender that it is what it sent.
+    """
     trust = step.trust
-    if budget <= 0 or not trust.commits:
-        return []
-    samples = []
-    for miner in step.involved:
-        certificate = trust.certificates[miner]
-        if not certificate.nbytes:
-            continue
-        # A miner that withholds its COMMIT is sampled all the same: nobody could know the other
-        # segments' nonces either before every certificate was signed.
-        source = miner if miner in trust.commits else min(trust.commits)
-        acks = trust.commits[source]
-        blocks = challenged_blocks(certificate, acks, budget)
-        offset = step.segments[miner].offset
-        output = None if step.target is None else step.target.memory[offset:]
-        samples.append(
-            Sample(
-                step=step.number,
-                segment=miner,
-                nbytes=certificate.nbytes,
-                evidence=Evidence(
-                    certificate=Signed(
-                        statement=certificate.statement(), signature=trust.signatures[miner]
-                    ),
-                    commit_segment=source,
-                    echoes=Commit(acks=acks).echoes(),
-                ),
-                blocks=blocks,
-                inputs=_copy(step.input_memory(miner), blocks, certificate.nbytes),
-                outputs=_copy(output, blocks, certificate.nbytes),
-                input_tree=trust.sent[miner],
-                output_tree=trust.received[miner],
-            )
-        )
-    return samples
+    if budget <= 0 or step.op is ReduceOp.BROADCAST:
+        return None
+    source = min(trust.commits)
+    acks = trust.commits[source]
+    seed = challenge_seed(acks[0].step_digest, [ack.nonce for ack in acks])
+    segment = challenged_segment(seed, sorted(trust.certificates))
+    certificate = trust.certificates[segment]
+    peer_count = len(certificate.entries)
+    chosen = challenge(seed, certificate.nbytes, peer_count, len(trust.certificates), budget)
+    if chosen is None:
+        return None
+    memory = step.input_memory(segment)
+    assert step.target is not None
+    assert memory is not None
+    output = step.target.memory[step.segments[segment].offset :]
+    return Sample(
+        step=step.number,
+        segment=segment,
+        nbytes=certificate.nbytes,
+        evidence=Evidence(
+            certificate=Signed(
+                statement=certificate.statement(), signature=trust.signatures[segment]
+            ),
+            commit_segment=source,
+            echoes=Commit(acks=acks).echoes(),
+        ),
+        blocks=chosen.blocks,
+        inputs=_copy(memory, chosen.blocks, certificate.nbytes),
+        outputs=_copy(output, chosen.blocks, certificate.nbytes)
+        if chosen.opener == trust.signatory.rank
+        else (),
+        input_tree=trust.sent[segment],
+        output_tree=trust.received[segment],
+    )
 
 
-def _copy(memory: memoryview | None, blocks: tuple[int, ...], nbytes: int) -> tuple[bytes, ...]:
-    if memory is None:
-        return ()
+def _copy(memory: memoryview, blocks: tuple[int, ...], nbytes: int) -> tuple[bytes, ...]:
     # copy: the caller gets its tensor back and may overwrite it
     return tuple(
         bytes(memory[at : min(at + BLOCK_BYTES, nbytes)])
@@ -129,27 +116,26 @@ def _copy(memory: memoryview | None, blocks: tuple[int, ...], nbytes: int) -> tu
 
 
 class SampleStore:
-    """The samples of the last steps, newest kept first, within `max_bytes`."""
+    """The samples of the last steps, the newest first to be kept, within `max_bytes`."""
 
     def __init__(self, max_bytes: int = MAX_KEPT_BYTES) -> None:
         self._max_bytes = max_bytes
-        self._samples: OrderedDict[tuple[int, int], Sample] = OrderedDict()
+        self._samples: OrderedDict[int, Sample] = OrderedDict()
         self.kept_bytes = 0
 
-    def add(self, samples: Sequence[Sample]) -> None:
-        """Keeps the samples of a step; what no longer fits goes, the oldest first."""
-        for sample in samples:
-            self._samples[sample.step, sample.segment] = sample
-            self.kept_bytes += sample.kept_bytes
+    def add(self, sample: Sample) -> None:
+        """Keeps the sample of a step; what no longer fits goes, the oldest first."""
+        self._samples[sample.step] = sample
+        self.kept_bytes += sample.kept_bytes
         while self.kept_bytes > self._max_bytes:
-            _, oldest = self._samples.popitem(last=False)
-            self.kept_bytes -= oldest.kept_bytes
+            self.drop(next(iter(self._samples)))
 
-    def get(self, step: int, segment: int) -> Sample | None:
-        """The sample, None if it is not kept."""
-        return self._samples.get((step, segment))
+    def get(self, step: int) -> Sample | None:
+        """The sample of a step, None if none is kept."""
+        return self._samples.get(step)
 
-    def drop(self, step: int, segment: int | None = None) -> None:
-        """Forgets one segment of a step, or all of them."""
-        for key in [k for k in self._samples if k[0] == step and segment in (None, k[1])]:
-            self.kept_bytes -= self._samples.pop(key).kept_bytes
+    def drop(self, step: int) -> None:
+        """Forgets the step."""
+        sample = self._samples.pop(step, None)
+        if sample is not None:
+            self.kept_bytes -= sample.kept_bytes

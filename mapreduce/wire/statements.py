@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from blake3 import blake3
 
@@ -253,8 +253,7 @@ def session_key_statement(validator: str, session_key: str) -> bytes:
     return _signed("session key", f"{validator}\n{session_key}".encode())
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SegmentOutcome:
+class SegmentOutcome(NamedTuple):
     """One segment of a step as one rank saw it: digest of the certificate (`NO_ROOT` if it has
     none), bytes, and microseconds from the step's first result to the segment's last."""
 
@@ -265,28 +264,28 @@ class SegmentOutcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """How a step ended at one rank. `segments` are in segment order, one per miner."""
+    """How a step ended at one rank. `segments` are in segment order, one per miner; `sampled` is
+    the segment of which the rank keeps blocks, None if it keeps none."""
 
     COMMITTED, FAILED = 1, 2
+    _NONE = 0xFFFF
 
     grant: bytes
     step: int
     rank: int
     outcome: int
+    sampled: int | None
     segments: tuple[SegmentOutcome, ...]
 
     def content(self) -> bytes:
-        """All but what the receiver knows from the request: grant and kind."""
-        place = Place(grant=self.grant, step=self.step, segment=0)
-        head = _COMPLETION.pack(self.rank, self.outcome, len(self.segments))
-        return (
-            place.encode()
-            + head
-            + b"".join(
-                _SEGMENT.pack(s.certificate, s.nbytes, min(s.segment_us, (1 << 32) - 1))
-                for s in self.segments
-            )
+        """All but the kind."""
+        place = Place(
+            grant=self.grant,
+            step=self.step,
+            segment=self._NONE if self.sampled is None else self.sampled,
         )
+        head = _COMPLETION.pack(self.rank, self.outcome, len(self.segments))
+        return place.encode() + head + b"".join(_SEGMENT.pack(*s) for s in self.segments)
 
     def statement(self) -> bytes:
         return _signed("completion", self.content())
@@ -301,15 +300,16 @@ class Completion:
         rank, outcome, count = _COMPLETION.unpack_from(content, _PLACE.size)
         if not 1 <= count <= MAX_MINERS or len(content) != size + count * _SEGMENT.size:
             raise BadMessage(f"completion of {len(content)} bytes for {count} segments")
-        if outcome not in (cls.COMMITTED, cls.FAILED):
-            raise BadMessage(f"completion with outcome {outcome}")
+        sampled = None if place.segment == cls._NONE else place.segment
+        known = outcome in (cls.COMMITTED, cls.FAILED)
+        if not known or (sampled is not None and sampled >= count):
+            raise BadMessage(f"completion with outcome {outcome}, segment {sampled}")
+        segments = tuple(map(SegmentOutcome._make, _SEGMENT.iter_unpack(content[size:])))
         return cls(
             grant=place.grant,
             step=place.step,
             rank=rank,
             outcome=outcome,
-            segments=tuple(
-                SegmentOutcome(certificate=certificate, nbytes=nbytes, segment_us=segment_us)
-                for certificate, nbytes, segment_us in _SEGMENT.iter_unpack(content[size:])
-            ),
+            sampled=sampled,
+            segments=segments,
         )

@@ -10,7 +10,9 @@ import asyncio
 import functools
 import json
 import os
+import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -23,10 +25,12 @@ from mapreduce.core.reduce import ReduceOp
 from mapreduce.net.auth import Verifier, new_session_key, sign_request
 from mapreduce.net.client import Remote, make_http_session
 from mapreduce.net.server import VERSION_HEADER, make_app, start_server
+from mapreduce.services.auditor import Auditor
 from mapreduce.services.coordinator import Coordinator, Limits
 from mapreduce.services.grants import sign_grant
 from mapreduce.services.joining import open_job
 from mapreduce.services.miner import Miner
+from mapreduce.store.ledger import Ledger
 from mapreduce.wire.bodies import TensorSpec
 from mapreduce.wire.messages import Grant, MinerAddress, SignedGrant, encode_message
 from mapreduce.wire.peer_step import Target
@@ -124,9 +128,11 @@ class Fleet:
         self._max_jobs = max_jobs
         self._memory_limit_bytes = memory_limit_bytes
         self._runner: web.AppRunner | None = None
+        self._files = tempfile.TemporaryDirectory()
 
     async def __aenter__(self) -> Self:
         self.http = make_http_session()
+        self.ledger = Ledger.open(Path(self._files.name) / "state.sqlite")
         self.directory.add(self.validator_key.ss58_address, permit=True)
         await self.start_coordinator()
         for _ in range(self.miner_count):
@@ -138,15 +144,21 @@ class Fleet:
         await self.stop_coordinator()
         await asyncio.gather(*(node.runner.cleanup() for node in self.miners))
         await self.http.close()
+        self.ledger.close()
+        self._files.cleanup()
 
     # Neurons ------------------------------------------------------------------------------------
 
     async def start_coordinator(self, port: int = 0) -> None:
         """A coordinator that remembers nothing, with this fleet's key."""
         key = self.validator_key
-        self.coordinator = Coordinator(key, NETUID, self.directory, self.http, self.limits)
+        self.auditor = Auditor(self.ledger)
+        self.coordinator = Coordinator(
+            key, NETUID, self.directory, self.http, self.limits, self.auditor
+        )
         app = make_app(Verifier(key.ss58_address), lambda: self.not_ready)
         self.coordinator.add_routes(app)
+        self.auditor.add_routes(app)
         self._runner = await start_server(app, "127.0.0.1", port)
         self.validator = Remote(
             "validator uid 0", key.ss58_address, "127.0.0.1", self._runner.addresses[0][1]
@@ -178,7 +190,12 @@ class Fleet:
     # Jobs ---------------------------------------------------------------------------------------
 
     def open_job(self, rank: int, peer_count: int, **options: Any) -> Coroutine[Any, Any, PeerJob]:
-        options = {"bandwidth": 64 << 20, "join_timeout_s": 10.0} | options
+        proofs = Path(self._files.name) / "proofs"
+        options = {
+            "bandwidth": 64 << 20,
+            "join_timeout_s": 10.0,
+            "proof_directory": proofs,
+        } | options
         hotkey = options.pop("hotkey", self.peer_key)
         return open_job(hotkey, self.validator, rank=rank, peer_count=peer_count, **options)
 

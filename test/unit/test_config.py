@@ -86,6 +86,7 @@ def test_both_spellings_of_a_flag_mean_the_same(key):
         "axon.ip": "::1",
         "axon.external_ip": "203.0.113.7",
         "logging.logging_dir": "logs",
+        "validator.audit_budget": "0.5",
     }
     option = OPTIONS[key]
     switch = key in ("logging.info", "logging.debug", "logging.trace")

@@ -1,0 +1,254 @@
+"""The auditor of a validator: takes completions, openings and proofs of its jobs' peers, and keeps
+the verdicts.
+
+Knows routes, the ledger and what a verdict is called there. Does not know how a verdict is reached
+(`wire/audit.py`), nor what it costs in score.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+from blake3 import blake3
+
+from mapreduce.core.attribution import Flags, flagged
+from mapreduce.errors import BadMessage, Refused
+from mapreduce.net.server import BODY, CALLER, json_response
+from mapreduce.services.grants import job_keys
+from mapreduce.wire.audit import JobAudit, Proven, Withheld
+from mapreduce.wire.messages import (
+    Accepted,
+    AuditAnswer,
+    CompletionBatch,
+    Grant,
+    GrantedJob,
+    WantedOpenings,
+    decode_message,
+    encode_message,
+)
+from mapreduce.wire.proofs import (
+    Claim,
+    Delegation,
+    Finding,
+    ProofKind,
+    check_claim,
+    decode_claim,
+    encode_proof,
+)
+from mapreduce.wire.statements import Completion
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from mapreduce.store.ledger import Ledger
+    from mapreduce.wire.audit import Verdict
+
+MAX_LIVE_AUDITS = 64
+BAN_S = 7 * 86400.0  # after a proven lie (trust.md, section 9)
+DISPUTE_WINDOW_S = 86400.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Job:
+    """A job as its audit goes on."""
+
+    granted: GrantedJob
+    grant: Grant
+    audit: JobAudit
+    proofs: list[str] = field(default_factory=list)
+
+
+class Auditor:
+    """The routes that peers report to, over one ledger."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._jobs: OrderedDict[str, _Job] = OrderedDict()
+
+    def add_routes(self, app: web.Application) -> None:
+        app.router.add_post("/v1/jobs/{job}/completions", self._completions)
+        app.router.add_post("/v1/jobs/{job}/openings", self._openings)
+        app.router.add_post("/v1/jobs/{job}/proofs", self._accused)
+        app.router.add_get("/v1/jobs/{job}/proofs/{proof}", self._proof)
+
+    # For the coordinator ------------------------------------------------------------------------
+
+    def granted(self, job: str, granted: GrantedJob) -> None:
+        """A job begins. Raises LocalError if it cannot be kept: then it must not begin."""
+        self._ledger.add_job(job, encode_message(granted).decode(), time.time())
+
+    def banned(self) -> dict[str, str]:
+        """Hotkeys of miners that were proven to lie in the last days, with a proof's id."""
+        return self._ledger.banned(time.time(), BAN_S)
+
+    def excluded(self, job: str, rank: int) -> bool:
+        """Whether the rank has not shown what it must be able to show."""
+        live = self._jobs.get(job)
+        return live is not None and rank in live.audit.withheld
+
+    def flags(self) -> Flags:
+        """Whom the disputes of the last day speak against, without a proof."""
+        disputes = [
+            (entry.peer, entry.miner)
+            for entry in self._ledger.disputes(time.time() - DISPUTE_WINDOW_S)
+        ]
+        peers, miners = {peer for peer, _ in disputes}, {miner for _, miner in disputes}
+        for live in self._jobs.values():
+            peers.update(member.hotkey for member in live.granted.members)
+            miners.update(miner.hotkey for miner in live.grant.miners)
+        return flagged(disputes, len(peers), len(miners))
+
+    # Routes -------------------------------------------------------------------------------------
+
+    def _caller(self, request: web.Request) -> tuple[_Job, int]:
+        """The job of the path, and the rank of who calls."""
+        name = request.match_info["job"]
+        job = self._jobs.get(name)
+        if job is None:
+            kept = self._ledger.job(name)
+            if kept is None:
+                raise Refused("no such job of this validator", code="no_such_job", status=404)
+            granted = decode_message(GrantedJob, kept)
+            grant = decode_message(Grant, granted.signed.grant)
+            budget = grant.audit_budget if granted.audit else 0.0
+            audit = JobAudit(job_keys(granted.signed, grant), budget)
+            job = self._jobs[name] = _Job(granted, grant, audit)
+            job.proofs = [entry.id for entry in self._ledger.proofs() if entry.job == name]
+        self._jobs.move_to_end(name)
+        while len(self._jobs) > MAX_LIVE_AUDITS:
+            self._jobs.popitem(last=False)
+        if request[CALLER].address not in job.grant.session_keys:
+            raise Refused("the job has no such peer", code="not_in_job", status=403)
+        return job, job.grant.session_keys.index(request[CALLER].address)
+
+    async def _completions(self, request: web.Request) -> web.Response:
+        job, rank = self._caller(request)
+        batch = decode_message(CompletionBatch, request[BODY])
+        if batch.rank != rank:
+            raise BadMessage(f"the report is of rank {batch.rank + 1}, the caller {rank + 1}")
+        for given in batch.completions:
+            completion = Completion.from_content(bytes.fromhex(given.content))
+            job.audit.completed(rank, completion, bytes.fromhex(given.signature))
+        for dispute in batch.disputes:
+            if dispute.segment >= len(job.grant.miners):
+                raise BadMessage(f"the job has no segment {dispute.segment}")
+            _log.warning(
+                "dispute",
+                extra={"job": job.grant.job[:8], "rank": rank + 1, "what": dispute.what},
+            )
+            self._ledger.add_dispute(
+                peer=job.granted.members[rank].hotkey,
+                miner=job.grant.miners[dispute.segment].hotkey,
+                job=job.grant.job,
+                step=dispute.step,
+                segment=dispute.segment,
+                what=dispute.what,
+                now=time.time(),
+            )
+        wants, verdicts = job.audit.wants(rank)
+        self._keep(job, verdicts)
+        return json_response(
+            AuditAnswer(
+                wants=[
+                    WantedOpenings(step=w.step, segment=w.segment, openings=w.openings)
+                    for w in wants
+                ],
+                proofs=job.proofs[:64],
+            )
+        )
+
+    async def _openings(self, request: web.Request) -> web.Response:
+        job, rank = self._caller(request)
+        self._keep(job, job.audit.opened(rank, request[BODY]))
+        return json_response(Accepted(job=job.grant.job))
+
+    async def _accused(self, request: web.Request) -> web.Response:
+        """A peer shows a claim that it could check itself."""
+        job, _ = self._caller(request)
+        claim = decode_claim(request[BODY])
+        check_claim(claim, job.audit.keys)
+        self._keep(job, [Proven(claim)])
+        return json_response(Accepted(job=job.grant.job))
+
+    async def _proof(self, request: web.Request) -> web.Response:
+        job, _ = self._caller(request)
+        name = request.match_info["proof"]
+        data = self._ledger.proof(name) if name in job.proofs else None
+        if data is None:
+            raise Refused("the job has no such proof", code="no_such_proof", status=404)
+        return web.Response(body=data, content_type="application/octet-stream")
+
+    # Verdicts -----------------------------------------------------------------------------------
+
+    def _keep(self, job: _Job, verdicts: Iterable[Verdict]) -> None:
+        for verdict in verdicts:
+            if isinstance(verdict, Withheld):
+                self._withheld(job, verdict)
+            else:
+                self._proven(job, verdict.claim)
+
+    def _withheld(self, job: _Job, verdict: Withheld) -> None:
+        hotkey = job.granted.members[verdict.rank].hotkey
+        _log.warning(
+            "a peer does not open what it has acknowledged",
+            extra={"job": job.grant.job[:8], "rank": verdict.rank + 1, "hotkey": hotkey},
+        )
+        self._ledger.add_unavailable(
+            role="peer",
+            hotkey=hotkey,
+            job=job.grant.job,
+            step=verdict.step,
+            segment=verdict.segment,
+            what="opening withheld",
+            now=time.time(),
+        )
+
+    def _proven(self, job: _Job, claim: Claim) -> None:
+        finding = check_claim(claim, job.audit.keys)
+        claim = self._delegated(job, claim, finding)
+        finding = check_claim(claim, job.audit.keys)
+        signed = job.granted.signed
+        data = encode_proof(signed.grant, signed.signature, claim)
+        proof_id = blake3(data).hexdigest()[:32]
+        if proof_id in job.proofs:
+            return
+        self._ledger.add_proof(
+            proof_id,
+            kind=finding.kind.label,
+            role="miner" if finding.rank is None else "peer",
+            culprit=finding.culprit,
+            job=job.grant.job,
+            step=finding.step,
+            segment=finding.segment,
+            data=data,
+            now=time.time(),
+        )
+        job.proofs.append(proof_id)
+        _log.error(
+            "a lie is proven",
+            extra={
+                "proof": proof_id,
+                "kind": finding.kind.label,
+                "who": finding.lines[0],
+                "job": job.grant.job[:8],
+                "step": finding.step,
+                "what": finding.what,
+            },
+        )
+
+    @staticmethod
+    def _delegated(job: _Job, claim: Claim, finding: Finding) -> Claim:
+        """The same claim, against the hotkey behind a session key."""
+        if claim.kind is not ProofKind.TWO_UPLOADS:
+            return claim
+        assert finding.rank is not None
+        member = job.granted.members[finding.rank]
+        given = Delegation(hotkey=member.hotkey, signature=bytes.fromhex(member.delegation))
+        return Claim(kind=claim.kind, statements=claim.statements, delegation=given)

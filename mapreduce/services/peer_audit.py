@@ -1,0 +1,330 @@
+"""A peer's dealings with its validator about what has happened: completions out, samples opened,
+proofs both ways.
+
+Knows when to speak and what to keep until then. Does not know how a step goes (`peer_job.py`) or
+what is checked (`wire/audit.py`). A validator that does not answer costs a peer nothing: no step
+waits for it, unless the ranks were shown different results.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import tempfile
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from blake3 import blake3
+
+from mapreduce.errors import (
+    BadMessage,
+    CertificateConflict,
+    IntegrityError,
+    MapReduceError,
+    Refused,
+    ResultDisputed,
+)
+from mapreduce.net.auth import verify_signature
+from mapreduce.net.client import call
+from mapreduce.wire.aborts import fraud_of
+from mapreduce.wire.messages import (
+    MAX_MESSAGE_BYTES,
+    Accepted,
+    AuditAnswer,
+    CompletionBatch,
+    Dispute,
+    SignedCompletion,
+)
+from mapreduce.wire.openings import certificate_part, encode_openings
+from mapreduce.wire.peer_step import Phase
+from mapreduce.wire.proofs import (
+    MAX_PROOF_BYTES,
+    ProofInvalid,
+    Signed,
+    check_proof,
+    decode_claim,
+    encode_proof,
+)
+from mapreduce.wire.samples import SampleStore
+from mapreduce.wire.statements import NO_ROOT, Completion, SegmentOutcome
+
+if TYPE_CHECKING:
+    import aiohttp
+    from bittensor.sp_core import Keypair
+
+    from mapreduce.net.client import Remote
+    from mapreduce.wire.messages import SignedGrant, WantedOpenings
+    from mapreduce.wire.peer_step import Step
+    from mapreduce.wire.peer_trust import Signatory
+
+Answer = TypeVar("Answer")
+
+CONTACT_S = 2.0  # between two contacts, while there is something to say
+LAST_CONTACT_S = 5.0  # for all that is left to say when the job is closed
+CONFLICT_S = 5.0  # for the validator to find out who showed whom what
+POLL_S = 0.2
+MAX_QUEUED = 4096  # completions; the oldest go
+_BATCH_BYTES = 96 * 1024  # of a request's limit, for completions
+_BATCH = 256
+_FAILED_STEPS = 16  # whose certificates are kept
+
+_log = logging.getLogger(__name__)
+
+
+class PeerAudit:
+    """One job at one peer. Use it from the job's event loop."""
+
+    def __init__(
+        self,
+        http: aiohttp.ClientSession,
+        validator: Remote,
+        key: Keypair,
+        signed: SignedGrant,
+        job: str,
+        signatory: Signatory,
+        proof_directory: Path,
+    ) -> None:
+        self.fraud: IntegrityError | None = None
+        self._http = http
+        self._validator = validator
+        self._key = key
+        self._signed = signed
+        self._job = job
+        self._signatory = signatory
+        self._directory = proof_directory
+        self._completions: deque[tuple[int, SignedCompletion]] = deque(maxlen=MAX_QUEUED)
+        self._disputes: list[Dispute] = []
+        self._claims: list[bytes] = []
+        self._samples = SampleStore()
+        self._reported: set[int] = set()  # steps whose samples the validator knows of
+        self._failed: dict[int, dict[int, Signed]] = {}  # certificates, by step and segment
+        self._known: set[str] = set()  # proofs that the validator has told of
+        self._something = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._contacting = asyncio.Lock()
+
+    def start(self) -> None:
+        """Begins to speak to the validator when there is something to say."""
+        self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        """Says what is left, within `LAST_CONTACT_S`."""
+        if self._task is None:
+            return
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        try:
+            async with asyncio.timeout(LAST_CONTACT_S):
+                while self._pending:
+                    await self._contact()
+        except (TimeoutError, MapReduceError) as error:
+            _log.warning(
+                "the validator did not hear how the last steps went",
+                extra={"error": str(error) or f"no answer in {LAST_CONTACT_S:g} s"},
+            )
+
+    # What happens ---------------------------------------------------------------------------------
+
+    def step_over(self, step: Step) -> None:
+        """A step has ended: keeps what the validator may ask for."""
+        if not step.involved or not step.segments:
+            return  # a broadcast that never began here
+        trust = step.trust
+        committed = step.phase is Phase.COMMITTED
+        sample = step.sample if committed else None
+        if sample is not None:
+            self._samples.add(sample)
+            sample = self._samples.get(step.number)  # too large to keep at all?
+        if not committed:
+            if not trust.certificates:
+                return
+            self._failed[step.number] = {
+                segment: Signed(
+                    statement=certificate.statement(), signature=trust.signatures[segment]
+                )
+                for segment, certificate in trust.certificates.items()
+            }
+            while len(self._failed) > _FAILED_STEPS:
+                del self._failed[min(self._failed)]
+        completion = Completion(
+            grant=self._signatory.keys.grant,
+            step=step.number,
+            rank=self._signatory.rank,
+            outcome=Completion.COMMITTED if committed else Completion.FAILED,
+            sampled=None if sample is None else sample.segment,
+            segments=tuple(
+                SegmentOutcome(
+                    trust.certificates[segment.index].digest
+                    if segment.index in trust.certificates
+                    else NO_ROOT,
+                    segment.length,
+                    min(step.segment_us[segment.index], 0xFFFFFFFF),
+                )
+                for segment in step.segments
+            ),
+        )
+        signature = self._signatory.sign(completion.statement())
+        message = SignedCompletion(content=completion.content().hex(), signature=signature.hex())
+        self._completions.append((step.number, message))
+        self._something.set()
+
+    async def accuse(self, error: IntegrityError) -> IntegrityError:
+        """A step has failed because somebody lied, or may have: files and reports what is known,
+        and returns what the caller is to hear."""
+        if isinstance(error, ResultDisputed) and error.rank == self._signatory.rank + 1:
+            assert error.segment is not None
+            what = str(error)[:1024]
+            self._disputes.append(Dispute(step=error.step, segment=error.segment, what=what))
+            self._something.set()
+        if isinstance(error, CertificateConflict):
+            # The miner's two certificates are a proof; the validator gets to see both.
+            error = await self.known_fraud(CONFLICT_S) or error
+        if error.proof and error.proof_path is None:
+            claim = decode_claim(error.proof)
+            data = encode_proof(self._signed.grant, self._signed.signature, claim)
+            self._save(error, data)
+            self._claims.append(error.proof)
+            self._something.set()
+        return error
+
+    async def known_fraud(self, within_s: float) -> IntegrityError | None:
+        """A lie in this job that the validator knows of, or learns of within this time."""
+        try:
+            async with asyncio.timeout(within_s):
+                while self.fraud is None:
+                    await self._contact()
+                    await asyncio.sleep(POLL_S)
+        except (TimeoutError, MapReduceError) as error:
+            if not isinstance(error, TimeoutError):
+                _log.warning("no contact to the validator", extra={"error": str(error)})
+        return self.fraud
+
+    def _save(self, error: IntegrityError, data: bytes) -> None:
+        try:
+            error.saved(str(save_proof(self._directory, data)))
+        except OSError as failure:
+            error.not_saved(f"{self._directory}: {failure.strerror or failure}")
+
+    # Contacts -------------------------------------------------------------------------------------
+
+    @property
+    def _pending(self) -> bool:
+        return bool(self._completions or self._disputes or self._claims or self._reported)
+
+    async def _run(self) -> None:
+        while True:
+            await self._something.wait()
+            await asyncio.sleep(CONTACT_S)
+            self._something.clear()
+            try:
+                await self._contact()
+            except Refused as error:
+                _log.warning("the validator takes no completions", extra={"error": str(error)})
+                self._forget()
+            except MapReduceError as error:
+                _log.info("no contact to the validator", extra={"error": str(error)})
+            if self._pending:
+                self._something.set()
+
+    def _forget(self) -> None:
+        """It will not want to hear it later either."""
+        self._completions.clear()
+        self._disputes.clear()
+        self._claims.clear()
+        for step in self._reported:
+            self._samples.drop(step)
+        self._reported.clear()
+
+    async def _contact(self) -> None:
+        async with self._contacting:
+            path = f"/v1/jobs/{self._job}"
+            while self._claims:
+                await self._call("POST", f"{path}/proofs", self._claims[0], Accepted)
+                self._claims.pop(0)
+            told, size = 0, 0
+            for _, message in self._completions:
+                size += len(message.content) + 256
+                if told == _BATCH or size > _BATCH_BYTES:
+                    break
+                told += 1
+            disputes = self._disputes[:64]
+            batch = CompletionBatch(
+                rank=self._signatory.rank,
+                completions=[message for _, message in list(self._completions)[:told]],
+                disputes=disputes,
+            )
+            answer = await self._call("POST", f"{path}/completions", batch, AuditAnswer)
+            for _ in range(told):
+                self._reported.add(self._completions.popleft()[0])
+            del self._disputes[: len(disputes)]
+            for want in answer.wants:
+                for body in self._openings(want):
+                    await self._call("POST", f"{path}/openings", body, Accepted)
+            for step in self._reported:
+                self._samples.drop(step)
+            self._reported.clear()
+            for proof in answer.proofs:
+                if proof not in self._known:
+                    await self._fetch(f"{path}/proofs/{proof}")
+                    self._known.add(proof)
+
+    def _openings(self, want: WantedOpenings) -> list[bytes]:
+        if not want.openings:
+            signed = self._failed.get(want.step, {}).get(want.segment)
+            return [certificate_part(want.step, want.segment, signed)] if signed else []
+        sample = self._samples.get(want.step)
+        if sample is None or sample.segment != want.segment:
+            return []
+        return encode_openings(sample.step, sample.segment, sample.evidence, sample.openings())
+
+    async def _fetch(self, path: str) -> None:
+        """A lie in this job is proven: checks it, files it, and stops the job."""
+        data = await self._call("GET", path, None, bytes, MAX_PROOF_BYTES)
+        try:
+            grant, finding = check_proof(data, verify_signature)
+        except ProofInvalid as error:
+            raise BadMessage(f"a proof that proves nothing: {error}") from None
+        if grant.job != self._job:
+            raise BadMessage("a proof of another job")
+        fraud = fraud_of(finding, data)
+        if self.fraud is None:
+            self._save(fraud, data)
+            self.fraud = fraud
+            _log.error("a lie in this job is proven", extra={"error": str(fraud)})
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        message: object,
+        answer: type[Answer],
+        most_bytes: int = MAX_MESSAGE_BYTES,
+    ) -> Answer:
+        return await call(
+            self._http,
+            self._key,
+            self._validator,
+            method,
+            path,
+            message,
+            answer,
+            most_bytes=most_bytes,
+        )
+
+
+def save_proof(directory: Path, data: bytes) -> Path:
+    """Writes a proof under a name made from its bytes; whole or not at all. Raises OSError."""
+    directory = directory.expanduser()
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{blake3(data).hexdigest()[:32]}.proof"
+    handle, name = tempfile.mkstemp(dir=directory, prefix=".writing-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return path

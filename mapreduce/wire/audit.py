@@ -1,0 +1,306 @@
+"""The audit of one job, sans-IO: what its ranks report and open in, verdicts out.
+
+Knows what a rank has to open, checks it, adds the blocks up and says who lied. Does not know HTTP,
+storage or time. Nothing that one rank says without the other party's signature blames anyone else.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from mapreduce.core.challenge import Challenge, challenge, challenge_seed, challenged_segment
+from mapreduce.core.hash_tree import root_from
+from mapreduce.core.reduce import ReduceOp
+from mapreduce.errors import BadMessage, UnsupportedTensor
+from mapreduce.wire.bodies import Ack, acks_from
+from mapreduce.wire.openings import Part, split_openings
+from mapreduce.wire.proofs import Claim, Opening, ProofKind, Signed, reduce_block
+from mapreduce.wire.statements import (
+    NO_ROOT,
+    Acknowledgement,
+    Certificate,
+    Completion,
+    step_digest,
+)
+
+if TYPE_CHECKING:
+    from mapreduce.wire.keys import JobKeys
+
+MAX_ASKS = 3  # then a rank that does not open is given up on
+MAX_OPEN_STEPS = 256  # of one job; then the oldest audit ends without a verdict
+MAX_HELD_BYTES = 128 << 20  # of one job's openings; likewise
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """What the validator asks of a rank: the openings of a step's sample, or only the certificate
+    of a segment."""
+
+    step: int
+    segment: int
+    openings: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Proven:
+    """Somebody lied, and this shows it."""
+
+    claim: Claim
+
+
+@dataclass(frozen=True, slots=True)
+class Withheld:
+    """A rank (index) has not shown what it must be able to show: it may be gone, nobody is proven
+    wrong."""
+
+    rank: int
+    step: int
+    segment: int
+
+
+Verdict = Proven | Withheld
+
+
+@dataclass(slots=True)
+class _Step:
+    """What is known of one step."""
+
+    completions: dict[int, Completion] = field(default_factory=dict)
+    certificates: dict[tuple[int, int], Signed] = field(default_factory=dict)  # rank, segment
+    asked: dict[tuple[int, int], int] = field(default_factory=dict)
+    certificate: Certificate | None = None
+    challenge: Challenge | None = None
+    opened: dict[int, list[Opening]] = field(default_factory=dict)  # by rank: input, then output
+    done: set[int] = field(default_factory=set)  # ranks that need open no more
+
+
+class JobAudit:
+    """One job. `budget` is what its grant allows; 0 where its owner wants no samples taken."""
+
+    def __init__(self, keys: JobKeys, budget: float) -> None:
+        self.keys = keys
+        self.audited_steps = 0  # with a verdict, good or bad
+        self._budget = budget
+        self._ranks = len(keys.session_keys)
+        self._steps: OrderedDict[int, _Step] = OrderedDict()
+        self._held_bytes = 0
+        self._forgotten = 0  # the last step whose audit was given up for room
+        self._withheld: set[int] = set()
+
+    @property
+    def withheld(self) -> frozenset[int]:
+        """Ranks that were asked `MAX_ASKS` times for something and did not show it."""
+        return frozenset(self._withheld)
+
+    # Completions ----------------------------------------------------------------------------------
+
+    def completed(self, rank: int, completion: Completion, signature: bytes) -> None:
+        """A rank tells how a step ended. Raises BadMessage if it is not the rank's, or not of this
+        job; the same one may come twice."""
+        fits = completion.grant == self.keys.grant and completion.rank == rank
+        if not fits or len(completion.segments) != len(self.keys.miners):
+            raise BadMessage("the completion is of another job or rank")
+        if not self.keys.signed_by_rank(rank, completion.statement(), signature):
+            raise BadMessage("the completion is not signed by its rank")
+        if completion.step <= self._forgotten:
+            return
+        step = self._steps.setdefault(completion.step, _Step())
+        step.completions.setdefault(rank, completion)
+        if len(self._steps) > MAX_OPEN_STEPS:
+            self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        number, step = self._steps.popitem(last=False)
+        self._forgotten = max(self._forgotten, number)
+        self._release(step)
+
+    def _release(self, step: _Step) -> None:
+        for opened in step.opened.values():
+            self._held_bytes -= sum(len(opening.data) for opening in opened)
+        step.opened = {}
+
+    def wants(self, rank: int) -> tuple[list[Want], list[Verdict]]:
+        """What to ask the rank for now, and what follows from having asked in vain before."""
+        wants: list[Want] = []
+        verdicts: list[Verdict] = []
+        for number, step in self._steps.items():
+            for want in self._wants_of(step, number, rank):
+                key = (rank, want.segment)
+                step.asked[key] = step.asked.get(key, 0) + 1
+                if step.asked[key] <= MAX_ASKS:
+                    wants.append(want)
+                elif step.asked[key] == MAX_ASKS + 1:
+                    self._withheld.add(rank)
+                    step.done.add(rank)
+                    verdicts.append(Withheld(rank, number, want.segment))
+        return wants, verdicts
+
+    def _wants_of(self, step: _Step, number: int, rank: int) -> list[Want]:
+        said = step.completions.get(rank)
+        if said is None:
+            return []
+        wants = [
+            Want(number, segment, openings=False)
+            for segment in self._conflicts(step)
+            if (rank, segment) not in step.certificates
+            and said.segments[segment].certificate != NO_ROOT
+        ]
+        sampled = said.outcome == Completion.COMMITTED and said.sampled is not None
+        if sampled and self._budget > 0 and rank not in step.done:
+            assert said.sampled is not None
+            wants.append(Want(number, said.sampled, openings=True))
+        return wants
+
+    @staticmethod
+    def _conflicts(step: _Step) -> list[int]:
+        """Segments of which the ranks hold different certificates."""
+        said = [completion.segments for completion in step.completions.values()]
+        return [
+            segment
+            for segment, outcomes in enumerate(zip(*said, strict=True))
+            if len({o.certificate for o in outcomes} - {NO_ROOT}) > 1
+        ]
+
+    # Openings -------------------------------------------------------------------------------------
+
+    def opened(self, rank: int, body: bytes) -> list[Verdict]:
+        """A rank shows what it was asked for. Raises BadMessage if it does not fit: then it counts
+        as not shown."""
+        part = Part.decode(body)
+        step = self._steps.get(part.step)
+        if step is None or rank in step.done or rank not in step.completions:
+            return []  # a repetition, or too late
+        verdicts: list[Verdict] = []
+        if part.certificate is not None:
+            said = self._certificate(part, step, rank)
+            verdicts += self._compare(step, said, part.certificate)
+            step.certificates[rank, part.segment] = part.certificate
+            if not part.echoes:
+                return verdicts
+            self._evidence(step, step.completions[rank], part, said)
+            if rank in step.opened:
+                raise BadMessage("opening 0 is not the next one")
+            step.opened[rank] = []
+        return verdicts + self._take(step, rank, part)
+
+    def _certificate(self, part: Part, step: _Step, rank: int) -> Certificate:
+        assert part.certificate is not None
+        said = Certificate.from_statement(part.certificate.statement)
+        if said.place != self.keys.place(part.step, part.segment):
+            raise BadMessage("the certificate is of another place")
+        if part.segment >= len(self.keys.miners) or len(said.entries) != self._ranks:
+            raise BadMessage("the certificate is of a place that the job does not have")
+        if not self.keys.signed_by_miner(
+            part.segment, part.certificate.statement, part.certificate.signature
+        ):
+            raise BadMessage(f"the certificate is not signed by {self.keys.miners[part.segment]}")
+        if step.completions[rank].segments[part.segment].certificate != said.digest:
+            raise BadMessage("the certificate is not the one of the rank's completion")
+        return said
+
+    def _compare(self, step: _Step, said: Certificate, signed: Signed) -> list[Verdict]:
+        """Two different certificates of one place prove that the miner lied."""
+        for (_, segment), other in step.certificates.items():
+            if segment == said.place.segment and other.statement != signed.statement:
+                both = tuple(sorted((other, signed), key=lambda s: s.statement))
+                return [Proven(Claim(kind=ProofKind.TWO_CERTIFICATES, statements=both))]
+        return []
+
+    def _evidence(self, step: _Step, rank_said: Completion, part: Part, said: Certificate) -> None:
+        """Which blocks this step has to open follows from what all ranks signed."""
+        certified = {
+            segment: outcome.certificate
+            for segment, outcome in enumerate(rank_said.segments)
+            if outcome.certificate != NO_ROOT
+        }
+        digest = step_digest(certified)
+        nonces = [ack.nonce for ack in self._acks(part, digest)]
+        seed = challenge_seed(digest, nonces)
+        segments = sorted(certified)
+        if challenged_segment(seed, segments) != part.segment or said.op is ReduceOp.BROADCAST:
+            raise BadMessage(f"segment {part.segment} is not the one to open")
+        chosen = challenge(seed, said.nbytes, self._ranks, len(segments), self._budget)
+        if chosen is None:
+            raise BadMessage("this step has nothing to open")
+        step.certificate, step.challenge = said, chosen
+
+    def _acks(self, part: Part, digest: bytes) -> tuple[Ack, ...]:
+        try:
+            acks = acks_from(part.echoes)
+        except struct.error:
+            raise BadMessage(f"echoes of {len(part.echoes)} bytes") from None
+        if len(acks) != self._ranks:
+            raise BadMessage(f"{len(acks)} acknowledgements of {self._ranks} ranks")
+        place = self.keys.place(part.step, part.commit_segment)
+        for rank, ack in enumerate(acks):
+            said = Acknowledgement(
+                place=place,
+                rank=rank,
+                segment_us=ack.segment_us,
+                nonce=ack.nonce,
+                step_digest=ack.step_digest,
+            )
+            signed = self.keys.signed_by_rank(rank, said.statement(), ack.signature)
+            if ack.step_digest != digest or not signed:
+                raise BadMessage(f"rank {rank + 1} has not acknowledged these certificates")
+        return acks
+
+    def _take(self, step: _Step, rank: int, part: Part) -> list[Verdict]:
+        """The next openings of a rank, each checked against the root that it belongs to."""
+        said, chosen = step.certificate, step.challenge
+        opened = step.opened.get(rank)
+        if said is None or chosen is None or opened is None or part.first != len(opened):
+            raise BadMessage(f"opening {part.first} is not the next one")
+        roots = [said.entries[rank][0]] + ([said.root] if rank == chosen.opener else [])
+        numbers = chosen.blocks * len(roots)
+        count = len(chosen.blocks)
+        for opening in split_openings(part.blocks, said.nbytes, numbers[len(opened) :]):
+            at = len(opened)
+            try:
+                root = root_from(said.nbytes, numbers[at], opening.data, opening.path)
+            except ValueError as error:
+                raise BadMessage(str(error)) from None
+            if root != roots[at // count]:
+                raise BadMessage(f"block {numbers[at]} does not open the certified root")
+            opened.append(opening)
+            self._held_bytes += len(opening.data)
+        if len(opened) < len(numbers):
+            while self._held_bytes > MAX_HELD_BYTES:
+                self._forget_oldest()
+            return []
+        step.done.add(rank)
+        return self._judge(step, said, chosen)
+
+    def _judge(self, step: _Step, said: Certificate, chosen: Challenge) -> list[Verdict]:
+        """Once everything is here: is the output the reduction of the inputs?"""
+        count = len(chosen.blocks)
+        complete = all(len(step.opened.get(rank, ())) >= count for rank in range(self._ranks))
+        output = step.opened.get(chosen.opener, [])[count:]
+        if not complete or len(output) < count:
+            return []
+        self.audited_steps += 1
+        signed = step.certificates[chosen.opener, said.place.segment]
+        inputs = [step.opened[rank] for rank in range(self._ranks)]
+        self._release(step)
+        for at, block in enumerate(chosen.blocks):
+            openings = (*(rank_opened[at] for rank_opened in inputs), output[at])
+            *given, result = (opening.data for opening in openings)
+            try:
+                right = reduce_block(given, said) == result
+            except UnsupportedTensor as error:
+                raise BadMessage(str(error)) from None
+            if not right:
+                return [
+                    Proven(
+                        Claim(
+                            kind=ProofKind.WRONG_SUM,
+                            statements=(signed,),
+                            block=block,
+                            openings=openings,
+                        )
+                    )
+                ]
+        return []
