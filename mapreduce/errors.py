@@ -211,12 +211,16 @@ class StepAborted(StepFailed):
 class IntegrityError(StepFailed):
     """What a party has signed does not fit the data, or another statement of its own.
 
-    `step` and `segment` (None: not known) say where; `proof` holds the evidence, empty where there
-    is none, and `proof_path` the file it was saved to, None while it is not.
+    `what` is the contradiction alone; `step` and `segment` (None: not known) say where; `proof`
+    holds the evidence, empty where there is none, and `proof_path` the file it was saved to, None
+    while it is not.
     """
 
-    def __init__(self, message: str, *, step: int, segment: int | None, proof: bytes = b"") -> None:
+    def __init__(
+        self, message: str, what: str, *, step: int, segment: int | None, proof: bytes = b""
+    ) -> None:
         super().__init__(message)
+        self.what = what
         self.step = step
         self.segment = segment
         self.proof = proof
@@ -241,6 +245,7 @@ class MinerFraud(IntegrityError):
         super().__init__(
             f"miner uid {uid} ({hotkey}) is proven to have lied in step {step}, segment "
             f"{segment}: {what}",
+            what,
             step=step,
             segment=segment,
             proof=proof,
@@ -255,6 +260,7 @@ class PeerFraud(IntegrityError):
     def __init__(self, rank: int, what: str, *, step: int, segment: int, proof: bytes) -> None:
         super().__init__(
             f"rank {rank} is proven to have lied in step {step}, segment {segment}: {what}",
+            what,
             step=step,
             segment=segment,
             proof=proof,
@@ -265,7 +271,9 @@ class PeerFraud(IntegrityError):
 class ResultDisputed(IntegrityError):
     """A miner and a rank say different things of the same bytes, and neither is proven wrong.
 
-    `uid` and `hotkey` name the miner, `rank` (from 1) who disagrees with it.
+    `uid` and `hotkey` name the miner, `rank` (from 1) who disagrees with it. `reject` is the
+    miner's signed word that it received other bytes than the rank sent, empty if that is not the
+    matter.
     """
 
     def __init__(
@@ -277,16 +285,19 @@ class ResultDisputed(IntegrityError):
         *,
         step: int,
         segment: int,
+        reject: bytes = b"",
     ) -> None:
         super().__init__(
             f"step {step}, segment {segment}: miner uid {uid} ({hotkey}) and rank {rank} disagree: "
             f"{what}",
+            what,
             step=step,
             segment=segment,
         )
         self.uid = uid
         self.hotkey = hotkey
         self.rank = rank
+        self.reject = reject
 
 
 class CertificateConflict(IntegrityError):
@@ -297,6 +308,7 @@ class CertificateConflict(IntegrityError):
         super().__init__(
             f"step {step}: ranks {ranks[0]} and {ranks[1]} were shown different certificates, or "
             "one of them says so; who lied is not known yet",
+            "different certificates",
             step=step,
             segment=None,
         )

@@ -137,15 +137,22 @@ class Auditor:
             completion = Completion.from_content(bytes.fromhex(given.content))
             job.audit.completed(rank, completion, bytes.fromhex(given.signature))
         for dispute in batch.disputes:
-            if dispute.segment >= len(job.grant.miners):
-                raise BadMessage(f"the job has no segment {dispute.segment}")
+            job.audit.check_dispute(rank, dispute)
+            peer = job.granted.members[dispute.rank].hotkey
+            miner = job.grant.miners[dispute.segment]
             _log.warning(
-                "dispute",
-                extra={"job": job.grant.job[:8], "rank": rank + 1, "what": dispute.what},
+                "a peer and a miner contradict each other",
+                extra={
+                    "job": job.grant.job[:8],
+                    "step": dispute.step,
+                    "rank": dispute.rank + 1,
+                    "uid": miner.uid,
+                    "what": dispute.what,
+                },
             )
             self._ledger.add_dispute(
-                peer=job.granted.members[rank].hotkey,
-                miner=job.grant.miners[dispute.segment].hotkey,
+                peer=peer,
+                miner=miner.hotkey,
                 job=job.grant.job,
                 step=dispute.step,
                 segment=dispute.segment,

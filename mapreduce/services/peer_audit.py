@@ -12,7 +12,6 @@ import asyncio
 import logging
 import os
 import tempfile
-from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -37,18 +36,14 @@ from mapreduce.wire.messages import (
     Dispute,
     SignedCompletion,
 )
-from mapreduce.wire.openings import certificate_part, encode_openings
-from mapreduce.wire.peer_step import Phase
+from mapreduce.wire.peer_record import PeerRecord
 from mapreduce.wire.proofs import (
     MAX_PROOF_BYTES,
     ProofInvalid,
-    Signed,
     check_proof,
     decode_claim,
     encode_proof,
 )
-from mapreduce.wire.samples import SampleStore
-from mapreduce.wire.statements import NO_ROOT, Completion, SegmentOutcome
 
 if TYPE_CHECKING:
     import aiohttp
@@ -65,10 +60,10 @@ CONTACT_S = 2.0  # between two contacts, while there is something to say
 LAST_CONTACT_S = 5.0  # for all that is left to say when the job is closed
 CONFLICT_S = 5.0  # for the validator to find out who showed whom what
 POLL_S = 0.2
-MAX_QUEUED = 4096  # completions; the oldest go
-_BATCH_BYTES = 96 * 1024  # of a request's limit, for completions
-_BATCH = 256
-_FAILED_STEPS = 16  # whose certificates are kept
+COMPLETION_OVERHEAD_BYTES = 256  # signature, names and quotes in JSON
+MAX_BATCH_BYTES = 96 * 1024  # of completions; a request has at most 128 KiB
+MAX_BATCHED_COMPLETIONS = 256
+MAX_BATCHED_DISPUTES = 64
 
 _log = logging.getLogger(__name__)
 
@@ -94,12 +89,10 @@ class PeerAudit:
         self._job = job
         self._signatory = signatory
         self._directory = proof_directory
-        self._completions: deque[tuple[int, SignedCompletion]] = deque(maxlen=MAX_QUEUED)
+        self._record = PeerRecord(signatory)
         self._disputes: list[Dispute] = []
         self._claims: list[bytes] = []
-        self._samples = SampleStore()
-        self._reported: set[int] = set()  # steps whose samples the validator knows of
-        self._failed: dict[int, dict[int, Signed]] = {}  # certificates, by step and segment
+        self._reported: set[int] = set()  # steps of which the validator may still want to see more
         self._known: set[str] = set()  # proofs that the validator has told of
         self._something = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -129,55 +122,14 @@ class PeerAudit:
 
     def step_over(self, step: Step) -> None:
         """A step has ended: keeps what the validator may ask for."""
-        if not step.involved or not step.segments:
-            return  # a broadcast that never began here
-        trust = step.trust
-        committed = step.phase is Phase.COMMITTED
-        sample = step.sample if committed else None
-        if sample is not None:
-            self._samples.add(sample)
-            sample = self._samples.get(step.number)  # too large to keep at all?
-        if not committed:
-            if not trust.certificates:
-                return
-            self._failed[step.number] = {
-                segment: Signed(
-                    statement=certificate.statement(), signature=trust.signatures[segment]
-                )
-                for segment, certificate in trust.certificates.items()
-            }
-            while len(self._failed) > _FAILED_STEPS:
-                del self._failed[min(self._failed)]
-        completion = Completion(
-            grant=self._signatory.keys.grant,
-            step=step.number,
-            rank=self._signatory.rank,
-            outcome=Completion.COMMITTED if committed else Completion.FAILED,
-            sampled=None if sample is None else sample.segment,
-            segments=tuple(
-                SegmentOutcome(
-                    trust.certificates[segment.index].digest
-                    if segment.index in trust.certificates
-                    else NO_ROOT,
-                    segment.length,
-                    min(step.segment_us[segment.index], 0xFFFFFFFF),
-                )
-                for segment in step.segments
-            ),
-        )
-        signature = self._signatory.sign(completion.statement())
-        message = SignedCompletion(content=completion.content().hex(), signature=signature.hex())
-        self._completions.append((step.number, message))
-        self._something.set()
+        if self._record.step_over(step):
+            self._something.set()
 
     async def accuse(self, error: IntegrityError) -> IntegrityError:
         """A step has failed because somebody lied, or may have: files and reports what is known,
         and returns what the caller is to hear."""
-        if isinstance(error, ResultDisputed) and error.rank == self._signatory.rank + 1:
-            assert error.segment is not None
-            what = str(error)[:1024]
-            self._disputes.append(Dispute(step=error.step, segment=error.segment, what=what))
-            self._something.set()
+        if isinstance(error, ResultDisputed):
+            self._dispute(error)
         if isinstance(error, CertificateConflict):
             # The miner's two certificates are a proof; the validator gets to see both.
             error = await self.known_fraud(CONFLICT_S) or error
@@ -188,6 +140,22 @@ class PeerAudit:
             self._claims.append(error.proof)
             self._something.set()
         return error
+
+    def _dispute(self, error: ResultDisputed) -> None:
+        """Of other ranks only what the miner has signed can be told."""
+        if error.rank != self._signatory.rank + 1 and not error.reject:
+            return
+        assert error.segment is not None
+        self._disputes.append(
+            Dispute(
+                step=error.step,
+                segment=error.segment,
+                rank=error.rank - 1,
+                what=str(error)[:1024],
+                reject=error.reject.hex(),
+            )
+        )
+        self._something.set()
 
     async def known_fraud(self, within_s: float) -> IntegrityError | None:
         """A lie in this job that the validator knows of, or learns of within this time."""
@@ -211,7 +179,7 @@ class PeerAudit:
 
     @property
     def _pending(self) -> bool:
-        return bool(self._completions or self._disputes or self._claims or self._reported)
+        return bool(self._record.completions or self._disputes or self._claims or self._reported)
 
     async def _run(self) -> None:
         while True:
@@ -230,11 +198,14 @@ class PeerAudit:
 
     def _forget(self) -> None:
         """It will not want to hear it later either."""
-        self._completions.clear()
+        self._record.completions.clear()
         self._disputes.clear()
         self._claims.clear()
+        self._drop_reported()
+
+    def _drop_reported(self) -> None:
         for step in self._reported:
-            self._samples.drop(step)
+            self._record.drop(step)
         self._reported.clear()
 
     async def _contact(self) -> None:
@@ -243,41 +214,40 @@ class PeerAudit:
             while self._claims:
                 await self._call("POST", f"{path}/proofs", self._claims[0], Accepted)
                 self._claims.pop(0)
-            told, size = 0, 0
-            for _, message in self._completions:
-                size += len(message.content) + 256
-                if told == _BATCH or size > _BATCH_BYTES:
-                    break
-                told += 1
-            disputes = self._disputes[:64]
+            completions = self._next_completions()
+            disputes = self._disputes[:MAX_BATCHED_DISPUTES]
             batch = CompletionBatch(
-                rank=self._signatory.rank,
-                completions=[message for _, message in list(self._completions)[:told]],
-                disputes=disputes,
+                rank=self._signatory.rank, completions=completions, disputes=disputes
             )
             answer = await self._call("POST", f"{path}/completions", batch, AuditAnswer)
-            for _ in range(told):
-                self._reported.add(self._completions.popleft()[0])
+            for _ in completions:
+                self._reported.add(self._record.completions.popleft()[0].step)
             del self._disputes[: len(disputes)]
             for want in answer.wants:
-                for body in self._openings(want):
+                for body in self._shown(want):
                     await self._call("POST", f"{path}/openings", body, Accepted)
-            for step in self._reported:
-                self._samples.drop(step)
-            self._reported.clear()
+            self._drop_reported()
             for proof in answer.proofs:
                 if proof not in self._known:
                     await self._fetch(f"{path}/proofs/{proof}")
                     self._known.add(proof)
 
-    def _openings(self, want: WantedOpenings) -> list[bytes]:
-        if not want.openings:
-            signed = self._failed.get(want.step, {}).get(want.segment)
-            return [certificate_part(want.step, want.segment, signed)] if signed else []
-        sample = self._samples.get(want.step)
-        if sample is None or sample.segment != want.segment:
-            return []
-        return encode_openings(sample.step, sample.segment, sample.evidence, sample.openings())
+    def _next_completions(self) -> list[SignedCompletion]:
+        """As many as fit one request."""
+        batch: list[SignedCompletion] = []
+        size = 0
+        for completion, signature in self._record.completions:
+            content = completion.content().hex()
+            size += len(content) + COMPLETION_OVERHEAD_BYTES
+            if len(batch) == MAX_BATCHED_COMPLETIONS or size > MAX_BATCH_BYTES:
+                break
+            batch.append(SignedCompletion(content=content, signature=signature.hex()))
+        return batch
+
+    def _shown(self, want: WantedOpenings) -> list[bytes]:
+        if want.openings:
+            return self._record.openings(want.step, want.segment)
+        return self._record.certificate(want.step, want.segment)
 
     async def _fetch(self, path: str) -> None:
         """A lie in this job is proven: checks it, files it, and stops the job."""

@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from mapreduce.wire.proofs import Finding
 
 
-def abort_of(error: IntegrityError, rank: int, miner: int) -> Abort:
-    """What tells the other ranks; `rank` and `miner` are indexes."""
+def abort_of(error: IntegrityError, rank: int) -> Abort:
+    """What tells the other ranks of an error at the rank with this index."""
     code = "fraud" if error.proof else "dispute"
-    return Abort(code=code, message=str(error), rank=rank, miner=miner, proof=error.proof)
+    shown = error.reject if isinstance(error, ResultDisputed) else error.proof
+    return Abort(code=code, message=error.what, rank=rank, miner=error.segment, proof=shown)
 
 
 def error_of(abort: Abort, step: int, keys: JobKeys) -> MapReduceError:
@@ -54,7 +55,15 @@ def error_of(abort: Abort, step: int, keys: JobKeys) -> MapReduceError:
         return MinerLost(name.uid, name.hotkey, miner, reason)
     if abort.code == "dispute" and miner is not None and rank is not None:
         name = names[miner]
-        return ResultDisputed(name.uid, name.hotkey, rank, abort.message, step=step, segment=miner)
+        return ResultDisputed(
+            name.uid,
+            name.hotkey,
+            rank,
+            abort.message,
+            step=step,
+            segment=miner,
+            reject=abort.proof,
+        )
     if abort.code == "fraud":
         return _proven(abort, step, rank, keys)
     return StepAborted(step, rank, abort.message)

@@ -20,14 +20,17 @@ from mapreduce.wire.openings import Part, split_openings
 from mapreduce.wire.proofs import Claim, Opening, ProofKind, Signed, reduce_block
 from mapreduce.wire.statements import (
     NO_ROOT,
+    SIGNATURE_BYTES,
     Acknowledgement,
     Certificate,
     Completion,
+    Reject,
     step_digest,
 )
 
 if TYPE_CHECKING:
     from mapreduce.wire.keys import JobKeys
+    from mapreduce.wire.messages import Dispute
 
 MAX_ASKS = 3  # then a rank that does not open is given up on
 MAX_OPEN_STEPS = 256  # of one job; then the oldest audit ends without a verdict
@@ -163,6 +166,22 @@ class JobAudit:
             for segment, outcomes in enumerate(zip(*said, strict=True))
             if len({o.certificate for o in outcomes} - {NO_ROOT}) > 1
         ]
+
+    def check_dispute(self, reporter: int, dispute: Dispute) -> None:
+        """Raises BadMessage unless the reporter (a rank) may say so: of itself, or because the
+        miner has signed that it rejects what the other rank sent."""
+        if dispute.segment >= len(self.keys.miners) or dispute.rank >= self._ranks:
+            raise BadMessage("the job has no such rank or segment")
+        if dispute.rank == reporter:
+            return
+        data = bytes.fromhex(dispute.reject)
+        statement, signature = data[:-SIGNATURE_BYTES], data[-SIGNATURE_BYTES:]
+        said = Reject.from_statement(statement)
+        fits = said.place == self.keys.place(dispute.step, dispute.segment)
+        if not fits or said.rank != dispute.rank:
+            raise BadMessage("the reject is of another place")
+        if not self.keys.signed_by_miner(dispute.segment, statement, signature):
+            raise BadMessage(f"the reject is not signed by {self.keys.miners[dispute.segment]}")
 
     # Openings -------------------------------------------------------------------------------------
 

@@ -231,7 +231,7 @@ class Abort:
 
     `code` is one of `Abort.CODES`; `miner` the index of the miner that was lost, or that it is
     about; `differences` maps an argument of the collective to what each rank (index) said; `proof`
-    is what `proofs.encode_claim` gives.
+    is what `proofs.encode_claim` gives, or, of a dispute, the miner's signed reject.
     """
 
     CODES = frozenset(

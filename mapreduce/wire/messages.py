@@ -202,14 +202,17 @@ class SignedCompletion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dispute:
-    """In this step the peer and the miner of this segment say different things, and the peer
-    cannot prove that it is right."""
+    """In this step a rank and the miner of this segment say different things, and neither can
+    prove that it is right. `reject`, statement and signature in hex, shows that the miner rejects
+    what `rank` sent; without it only the rank itself may say so."""
 
     __pydantic_config__ = _STRICT
 
     step: Count
     segment: Annotated[int, Field(ge=0, lt=MAX_MINERS)]
+    rank: Rank
     what: Text
+    reject: Annotated[str, Field(pattern="^(?:[0-9a-f]{2})*$", max_length=1024)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -305,13 +305,13 @@ class MinerSession:
             for rank in step.readers:
                 self._send_step(rank, Kind.OPEN, step.number, body)
 
-    def _closed(self, rank: int, header: Header, body: memoryview) -> None:
+    def _closed(self, rank: int, header: Header, said: memoryview) -> None:
         step = self._live_step(rank, header)
         if step is None:
             return
         if step.received[rank] != step.lengths[rank]:
             raise BadFrame(f"CLOSE after {step.received[rank]} of {step.lengths[rank]} bytes")
-        signed, root = self.trust.upload(step, rank, body)
+        signed, root = self.trust.upload(step, rank, said)
         if rank in step.closed:
             proof = self.trust.two_uploads(step.closed[rank], signed)
             what = f"rank {rank + 1} has signed two different uploads"
@@ -321,9 +321,13 @@ class MinerSession:
         if step.inputs[rank].root() == root:
             self._send_step(rank, Kind.RECEIPT, step.number, self.trust.receipt_body(step, rank))
             return
-        self._send_step(rank, Kind.REJECT, step.number, self.trust.reject_body(step, rank))
+        body, reject = self.trust.reject(step, rank)
+        self._send_step(rank, Kind.REJECT, step.number, body)
         what = f"this miner received other bytes than rank {rank + 1} says it sent"
-        self._abort(step, Abort(code="dispute", message=what, rank=rank, miner=self.segment))
+        self._abort(
+            step,
+            Abort(code="dispute", message=what, rank=rank, miner=self.segment, proof=reject),
+        )
 
     def _acked(self, rank: int, header: Header, ack: Ack) -> None:
         step = self._live_step(rank, header)

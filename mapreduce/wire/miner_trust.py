@@ -89,10 +89,12 @@ class MinerTrust:
         root = step.inputs[rank].root()
         return with_signature(VERSION_PREFIX, self._sign(self._upload(Receipt, step, rank, root)))
 
-    def reject_body(self, step: MinerStep, rank: int) -> bytes:
+    def reject(self, step: MinerStep, rank: int) -> tuple[bytes, bytes]:
+        """The body of the REJECT, and the same as anyone can check it: statement, signature."""
         root = step.inputs[rank].root()
-        signature = self._sign(self._upload(Reject, step, rank, root))
-        return with_signature(VERSION_PREFIX + root, signature)
+        statement = self._upload(Reject, step, rank, root)
+        signature = self._sign(statement)
+        return with_signature(VERSION_PREFIX + root, signature), statement + signature
 
     def certificate_body(self, step: MinerStep) -> bytes:
         certificate = step.certificate(self._place(step.number))

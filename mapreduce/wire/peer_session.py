@@ -326,7 +326,7 @@ class PeerSession:
         except IntegrityError as error:
             assert self.step is not None
             if self.step.phase is Phase.RUNNING:
-                self._fail(self.step, error, abort_of(error, self.rank, miner))
+                self._fail(self.step, error, abort_of(error, self.rank))
             else:
                 self.fraud = self.fraud or error
 

@@ -163,11 +163,13 @@ class StepTrust:
         seen, signature = split_signature("REJECT", body, DIGEST_BYTES)
         if miner not in self._closed or miner in self._receipts:
             raise BadFrame("REJECT before CLOSE, or after RECEIPT")
-        if not self._keys.signed_by_miner(miner, self._upload(Reject, miner, seen), signature):
+        statement = self._upload(Reject, miner, seen)
+        if not self._keys.signed_by_miner(miner, statement, signature):
             raise BadFrame("REJECT that is not signed")
         if seen == self.sent[miner].root():
             raise BadFrame("REJECT of exactly what was sent")
-        raise self._disputed(miner, "it says that it received other bytes than were sent")
+        what = "it says that it received other bytes than were sent"
+        raise self._disputed(miner, what, reject=statement + signature)
 
     def certificate(self, miner: int, body: memoryview, step: Step) -> None:
         """The miner has certified its segment; the result may still be on its way. Raises BadFrame,
@@ -282,8 +284,14 @@ class StepTrust:
             proof=encode_claim(claim),
         )
 
-    def _disputed(self, miner: int, what: str) -> ResultDisputed:
+    def _disputed(self, miner: int, what: str, reject: bytes = b"") -> ResultDisputed:
         name = self._keys.miners[miner]
         return ResultDisputed(
-            name.uid, name.hotkey, self._rank + 1, what, step=self.step, segment=miner
+            name.uid,
+            name.hotkey,
+            self._rank + 1,
+            what,
+            step=self.step,
+            segment=miner,
+            reject=reject,
         )
