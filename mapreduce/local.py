@@ -8,6 +8,7 @@ their own business.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import shutil
 import sys
@@ -25,7 +26,7 @@ from mapreduce.processes import ChildProcess, spawn, stop_all
 from mapreduce.ranks import run_ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import bittensor as bt
 
@@ -38,6 +39,7 @@ READY_TIMEOUT_S = 60.0
 STOP_GRACE_S = 5.0
 VALIDATOR_STAKE_TAO = 1000.0
 DEFAULT_BANDWIDTH = 1 << 30
+LIARS = "test.liars"
 _WALLET = "local"
 
 
@@ -52,6 +54,30 @@ class Place:
     flags: tuple[str, ...] = ()
 
 
+def _check_faults(faults: Mapping[str, str], miners: int) -> None:
+    if not faults:
+        return
+    try:
+        known = importlib.import_module(LIARS).FAULTS
+    except ImportError:
+        raise InvalidArgument(
+            "faults are told by test/liars, which the installed package does not contain: run it "
+            "in a checkout of the repository"
+        ) from None
+    for name, fault in faults.items():
+        role, _, number = name.partition("-")
+        counts = number.isdecimal() and int(number) >= 1
+        if (
+            not counts
+            or role not in ("miner", "peer")
+            or (role == "miner" and int(number) > miners)
+        ):
+            raise InvalidArgument(f"faults: there is no {name!r}")
+        if fault not in known or known[fault].by != role:
+            names = ", ".join(sorted(key for key, value in known.items() if value.by == role))
+            raise InvalidArgument(f"faults: a {role} cannot do {fault!r}; it can do {names}")
+
+
 class LocalSubnet:
     """An embedded chain with one validator and `miners` miners, each a process of its own.
 
@@ -59,9 +85,12 @@ class LocalSubnet:
         miners: how many.
         directory: where chain, wallets and logs go; a temporary one, removed at the end, by
         default. block_time_s: of the embedded chain. validator_flags: further flags for
-        `neurons/validator.py`. miner_flags: further flags for each `neurons/miner.py`.
+        `neurons/validator.py`. miner_flags: further flags for each `neurons/miner.py`. faults: who
+        lies, and how: "miner-1", "miner-2", .. or "peer-1", .. (a rank of `run`) to a fault that
+        `test/liars` names; only in a checkout of the repository.
 
     Raises:
+        InvalidArgument: a count, a name or a fault that does not exist.
         ProcessDied: a process ended before it was ready; shows its last lines.
     """
 
@@ -73,9 +102,12 @@ class LocalSubnet:
         block_time_s: float = 0.25,
         validator_flags: Sequence[str] = (),
         miner_flags: Sequence[str] = (),
+        faults: Mapping[str, str] | None = None,
     ) -> None:
         if miners < 0:
             raise InvalidArgument(f"miners = {miners}: 0 or more")
+        self.faults = dict(faults or {})
+        _check_faults(self.faults, miners)
         self.miner_count = miners
         self.netuid = NETUID
         self.validator: ChildProcess | None = None
@@ -181,7 +213,7 @@ class LocalSubnet:
         argv = [
             *place.prefix,
             sys.executable,
-            *("-m", f"neurons.{role}"),
+            *self._program(role, name),
             *("--subtensor.network", self.network),
             *("--netuid", str(NETUID)),
             *("--wallet.name", _WALLET),
@@ -197,6 +229,11 @@ class LocalSubnet:
         env = {key: value for key, value in os.environ.items() if not key.startswith("BT_")}
         log_path = self.directory / f"{name}.log"
         return spawn(name, argv, env=env, log_path=log_path)
+
+    def _program(self, role: str, name: str) -> tuple[str, ...]:
+        """What Python runs for this neuron."""
+        fault = self.faults.get(name)
+        return ("-m", f"neurons.{role}") if fault is None else ("-m", f"{LIARS}.miners", fault)
 
     def _wait_ready(self, children: Sequence[ChildProcess], uids: Sequence[int]) -> None:
         deadline = time.monotonic() + READY_TIMEOUT_S
@@ -276,6 +313,7 @@ class LocalSubnet:
             "netuid": self.netuid,
             "validator_uid": self.validator_uid,
             "wallets": str(self.directory / "wallets"),
+            "faults": self.faults,
         }
 
 
@@ -292,6 +330,9 @@ def _run_peer(
     from peer import Peer
 
     wallet = load_wallet(_WALLET, "peer", subnet["wallets"])
+    fault = subnet["faults"].get(f"peer-{rank}")
+    if fault is not None:
+        importlib.import_module(f"{LIARS}.peers").install(fault)
     place = (wallet, subnet["validator_uid"], subnet["netuid"], subnet["network"])
     with Peer(rank, peer_count, bandwidth, *place, **options) as peer:
         return fn(peer)
