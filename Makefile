@@ -7,7 +7,7 @@ BENCH_STAMP := $(VENV)/.bench-installed
 HIVEMIND := .venv-hivemind
 RESULTS := bench/results
 
-.PHONY: demo test slow lint types fmt clean bench bench-shaped bench-hivemind bench-scaling bench-micro
+.PHONY: demo test slow lint types fmt clean bench bench-shaped bench-hivemind bench-scaling bench-micro bench-trust
 
 demo: $(STAMP)
 	$(PY) -m mapreduce.demo
@@ -38,6 +38,10 @@ bench-scaling: $(BENCH_STAMP)
 
 bench-micro: $(BENCH_STAMP)
 	$(PY) -m bench.micro --json $(RESULTS)/micro.json --png $(RESULTS)/micro.png
+
+# What hashing, signing and sampling cost. As root also over shaped links.
+bench-trust: $(BENCH_STAMP)
+	$(PY) -m bench.trust --json $(RESULTS)/trust.json
 
 # hivemind has other dependencies than this package: it gets an environment of its own, and then
 # takes part in the benchmarks above.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from bench.lab import Site
     from bench.ours import Run
-    from mapreduce.local import LocalSubnet
+    from bench.subnets import PlacedSubnet
 
 Scene = TypeVar("Scene", bound=Any)  # Any: a dataclass with `steps` and `rivals`
 
@@ -88,7 +88,7 @@ def choose(
 # Running it -----------------------------------------------------------------------------------
 
 
-def contest(name: str, case: Case, site: Site, subnet: LocalSubnet, floor_s: float) -> Row:
+def contest(name: str, case: Case, site: Site, subnet: PlacedSubnet, floor_s: float) -> Row:
     """Runs the case by us on a started subnet, and by its rivals."""
     progress(f"{name}: ours")
     row = our_row(name, case, floor_s, measure(subnet, site.peers, [case]))

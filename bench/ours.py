@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from bench.lab import Host
     from bench.steps import Case
-    from mapreduce.local import LocalSubnet
+    from bench.subnets import PlacedSubnet
 
 TIMEOUT_S = 1200.0
 
@@ -42,13 +42,17 @@ class Run:
     miner_peak_bytes: int
 
 
-def measure(subnet: LocalSubnet, hosts: Sequence[Host], cases: Sequence[Case]) -> Run:
+def measure(subnet: PlacedSubnet, hosts: Sequence[Host], cases: Sequence[Case]) -> Run:
     """Runs the cases one after the other in one job, with a rank on each of `hosts`."""
     miners = [psutil.Process(child.pid) for child in subnet.miners]
     idle = [_reset_peak(process.pid) for process in miners]
     before = sum(_cpu_s(process) for process in miners)
     place = _Place(
-        str(subnet.directory / "wallets"), subnet.validator_uid, subnet.netuid, subnet.network
+        str(subnet.directory / "wallets"),
+        subnet.validator_uid,
+        subnet.netuid,
+        subnet.network,
+        subnet.verified,
     )
     arguments = [(tuple(cases), host, rank, place) for rank, host in enumerate(hosts)]
     ranks = run_ranks(_rank, arguments, TIMEOUT_S)
@@ -74,6 +78,7 @@ class _Place:
     validator_uid: int
     netuid: int
     network: str
+    verified: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +98,10 @@ def _rank(cases: tuple[Case, ...], host: Host, rank: int, place: _Place) -> _Ran
     from mapreduce.chain.wallets import load_wallet
     from peer import Peer
 
+    if not place.verified:
+        from bench.unverified import neither_hash_nor_sign
+
+        neither_hash_nor_sign()
     peer = Peer(
         rank + 1,
         cases[0].peers,

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bench.report import Row
-    from mapreduce.local import LocalSubnet
 
 KIB, MIB = 1 << 10, 1 << 20
 FLOOR_BYTES = 2 << 30
@@ -109,7 +108,7 @@ class Scaling:
         curve: str,
         values: Sequence[float],
         cases: Sequence[Case],
-        subnet: LocalSubnet,
+        subnet: PlacedSubnet,
         round_trip_s: float = 0.0,
     ) -> list[Row]:
         progress(f"{curve}: K={cases[0].peers}, N={cases[0].miners}")

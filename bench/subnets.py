@@ -13,11 +13,20 @@ if TYPE_CHECKING:
 
 
 class PlacedSubnet(LocalSubnet):
-    """A subnet whose miners are on the hosts of a site, and whose validator is on its driver."""
+    """A subnet whose miners are on the hosts of a site, and whose validator is on its driver.
 
-    def __init__(self, site: Site) -> None:
+    `verified=False`: miners and ranks neither hash nor sign (see `unverified.py`).
+    """
+
+    def __init__(self, site: Site, *, verified: bool = True) -> None:
         super().__init__(miners=len(site.miners))
         self.site = site
+        self.verified = verified
+
+    def program(self, role: str, name: str) -> tuple[str, ...]:
+        if role == "miner" and not self.verified:
+            return ("-m", "bench.unverified")
+        return super().program(role, name)
 
     def place(self, name: str) -> Place:
         role, _, number = name.partition("-")

@@ -208,12 +208,17 @@ class LocalSubnet:
         """Where the neuron `name` runs; for subclasses that put each into a network of its own."""
         return Place()
 
+    def program(self, role: str, name: str) -> tuple[str, ...]:
+        """What Python runs as this neuron, for subclasses that run something else."""
+        fault = self.faults.get(name)
+        return ("-m", f"neurons.{role}") if fault is None else ("-m", f"{LIARS}.miners", fault)
+
     def _spawn(self, role: str, name: str, flags: Sequence[str]) -> ChildProcess:
         place = self.place(name)
         argv = [
             *place.prefix,
             sys.executable,
-            *self._program(role, name),
+            *self.program(role, name),
             *("--subtensor.network", self.network),
             *("--netuid", str(NETUID)),
             *("--wallet.name", _WALLET),
@@ -229,11 +234,6 @@ class LocalSubnet:
         env = {key: value for key, value in os.environ.items() if not key.startswith("BT_")}
         log_path = self.directory / f"{name}.log"
         return spawn(name, argv, env=env, log_path=log_path)
-
-    def _program(self, role: str, name: str) -> tuple[str, ...]:
-        """What Python runs for this neuron."""
-        fault = self.faults.get(name)
-        return ("-m", f"neurons.{role}") if fault is None else ("-m", f"{LIARS}.miners", fault)
 
     def _wait_ready(self, children: Sequence[ChildProcess], uids: Sequence[int]) -> None:
         deadline = time.monotonic() + READY_TIMEOUT_S

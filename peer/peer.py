@@ -19,6 +19,7 @@ from mapreduce.chain.wallets import load_wallet
 from mapreduce.core.reduce import ReduceOp, check_reducible, reduce_op
 from mapreduce.errors import (
     ConfigError,
+    IntegrityError,
     InvalidArgument,
     JobClosed,
     TensorTooLarge,
@@ -144,7 +145,11 @@ class Peer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.destroy_process_group()
+        try:
+            self.destroy_process_group()
+        except IntegrityError:
+            if error is None:
+                raise
 
     # Life ---------------------------------------------------------------------------------------
 
@@ -203,7 +208,12 @@ class Peer:
     def destroy_process_group(self) -> None:
         """Leaves the job; no socket or thread of it is left.
 
-        Idempotent, and harmless in a forked child.
+        Tells the validator how the last steps went, which takes up to 5 s where it, or another
+        rank, does not answer. Idempotent, and harmless in a forked child.
+
+        Raises:
+            MinerFraud: a result that a collective returned is proven to be wrong, and no call has
+                said so yet.
         """
         job, loop = self._job, self._loop
         self._job = self._loop = None
@@ -214,6 +224,8 @@ class Peer:
             loop.call(job.close())
         finally:
             loop.close()
+        if job.unheard_fraud is not None:
+            raise job.unheard_fraud
 
     def _require_job(self) -> tuple[PeerJob, LoopThread]:
         if self._job is None or self._loop is None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 NONCE_BYTES = 32
 MAX_SAMPLES = 64  # blocks of one segment
 DEFAULT_BUDGET = 0.01  # audit bytes over the bytes that the segment moved
+STATEMENT_BYTES = 320  # completion, certificate and headers of one rank
+STATEMENT_BYTES_PER_RANK = 196  # its entry in the certificate, its acknowledgement
 _NONCE_CONTEXT = "mapreduce 1 nonce"
 _SEED_CONTEXT = "mapreduce 1 challenge"
 _DRAW_CONTEXT = "mapreduce 1 draw"
@@ -37,12 +39,14 @@ def nonce_hash(nonce: bytes) -> bytes:
 def affordable_samples(nbytes: int, contributors: int, readers: int, budget: float) -> float:
     """Blocks that `budget` (a share of the segment's traffic) pays for, before rounding.
 
-    The segment moves `contributors + readers` times its `nbytes`; a sample moves a block and its
-    path for every contributor and one reader (trust.md, section 3).
+    The segment moves `contributors + readers` times its `nbytes`. An audit moves, for every
+    contributor, what was signed about the step, and for each sample a block and its path from every
+    contributor and one reader (trust.md, section 3).
     """
     siblings = max(0, block_count(nbytes) - 1).bit_length()
     sample_bytes = (contributors + 1) * (BLOCK_BYTES + DIGEST_BYTES * siblings)
-    return budget * (contributors + readers) * nbytes / sample_bytes
+    signed_bytes = contributors * (STATEMENT_BYTES + contributors * STATEMENT_BYTES_PER_RANK)
+    return (budget * (contributors + readers) * nbytes - signed_bytes) / sample_bytes
 
 
 def sample_count(nbytes: int, contributors: int, readers: int, budget: float) -> int:

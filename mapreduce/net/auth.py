@@ -6,13 +6,21 @@ The one module besides the chain's that knows bittensor. Does not know routes or
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bittensor import http_auth
-from bittensor.sp_core import CRYPTO_ED25519, CRYPTO_SR25519, Keypair, verify
+from bittensor.sp_core import (
+    CRYPTO_ED25519,
+    CRYPTO_SR25519,
+    Keypair,
+    decode_ss58,
+    encode_ss58,
+    verify,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -108,9 +116,19 @@ def signer(key: Keypair) -> Callable[[bytes], bytes]:
     return sign
 
 
+@functools.lru_cache(maxsize=4096)
+def _is_canonical(address: str) -> bool:
+    return bool(encode_ss58(decode_ss58(address)) == address)
+
+
 def verify_signature(signer: str, statement: bytes, signature: bytes, *, session_key: bool) -> bool:
-    """Whether this address signed the statement: a session key (ed25519) or a hotkey (sr25519)."""
+    """Whether this address signed the statement: a session key (ed25519) or a hotkey (sr25519).
+
+    A key has several ss58 spellings; only the one that wallets show is an address here.
+    """
     try:
+        if not _is_canonical(signer):
+            return False
         crypto = CRYPTO_ED25519 if session_key else CRYPTO_SR25519
         return bool(verify(statement, signature, signer, crypto))
     except ValueError:  # no address, or no signature at all

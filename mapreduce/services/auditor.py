@@ -168,6 +168,7 @@ class Auditor:
                     for w in wants
                 ],
                 proofs=job.proofs[:64],
+                pending=job.audit.pending(rank),
             )
         )
 

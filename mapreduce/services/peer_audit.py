@@ -63,13 +63,15 @@ POLL_S = 0.2
 COMPLETION_OVERHEAD_BYTES = 256  # signature, names and quotes in JSON
 MAX_BATCH_BYTES = 96 * 1024  # of completions; a request has at most 128 KiB
 MAX_BATCHED_COMPLETIONS = 256
+MAX_POLLS = 20  # then other ranks do not seem to tell their part
 MAX_BATCHED_DISPUTES = 64
 
 _log = logging.getLogger(__name__)
 
 
 class PeerAudit:
-    """One job at one peer. Use it from the job's event loop."""
+    """One job at one peer. Use it from the job's event loop. `fraud` is the first lie in the job
+    that the validator has proven."""
 
     def __init__(
         self,
@@ -94,6 +96,7 @@ class PeerAudit:
         self._claims: list[bytes] = []
         self._reported: set[int] = set()  # steps of which the validator may still want to see more
         self._known: set[str] = set()  # proofs that the validator has told of
+        self._polls_left = 0  # contacts to learn of verdicts that are still to come
         self._something = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._contacting = asyncio.Lock()
@@ -108,10 +111,13 @@ class PeerAudit:
             return
         self._task.cancel()
         await asyncio.wait([self._task])
+        self._task = None
         try:
             async with asyncio.timeout(LAST_CONTACT_S):
                 while self._pending:
                     await self._contact()
+                    if self._polls_left:
+                        await asyncio.sleep(POLL_S)
         except (TimeoutError, MapReduceError) as error:
             _log.warning(
                 "the validator did not hear how the last steps went",
@@ -123,6 +129,7 @@ class PeerAudit:
     def step_over(self, step: Step) -> None:
         """A step has ended: keeps what the validator may ask for."""
         if self._record.step_over(step):
+            self._polls_left = MAX_POLLS
             self._something.set()
 
     async def accuse(self, error: IntegrityError) -> IntegrityError:
@@ -179,7 +186,8 @@ class PeerAudit:
 
     @property
     def _pending(self) -> bool:
-        return bool(self._record.completions or self._disputes or self._claims or self._reported)
+        told = not (self._record.completions or self._disputes or self._claims or self._reported)
+        return not told or self._polls_left > 0
 
     async def _run(self) -> None:
         while True:
@@ -227,6 +235,7 @@ class PeerAudit:
                 for body in self._shown(want):
                     await self._call("POST", f"{path}/openings", body, Accepted)
             self._drop_reported()
+            self._polls_left = max(0, self._polls_left - 1) if answer.pending else 0
             for proof in answer.proofs:
                 if proof not in self._known:
                     await self._fetch(f"{path}/proofs/{proof}")

@@ -105,6 +105,7 @@ class PeerJob:
         self._committed_step = 0
         self._loss_report: asyncio.Task[object] | None = None
         self._closing = False
+        self._heard_of_fraud = False
         self._pump_due = False
         self._measuring: asyncio.TimerHandle
 
@@ -191,6 +192,7 @@ class PeerJob:
                 op, root=root, tensor=tensor, source=source, allocate=allocate
             )
         except (MinerLost, IntegrityError) as error:
+            self._heard_of_fraud = isinstance(error, IntegrityError)
             self._leave(str(error))  # other ranks may not know: without us no step can end
             raise
         self._pump()
@@ -218,12 +220,19 @@ class PeerJob:
         self.last_step = measure(step, self.grant.miners, time.perf_counter() - started_at)
         return step
 
+    @property
+    def unheard_fraud(self) -> IntegrityError | None:
+        """A lie that the validator has proven and that no collective has raised."""
+        known = self.audit.fraud
+        return None if self._heard_of_fraud else known
+
     async def _explained(self, error: MapReduceError) -> MapReduceError:
         """Why the step failed, with the evidence filed; a rank may have left because of a lie."""
         if isinstance(error, IntegrityError):
-            return await self.audit.accuse(error)
-        if isinstance(error, PeerLost) and not self._closing:
-            return await self.audit.known_fraud(LEARN_S) or error
+            error = await self.audit.accuse(error)
+        elif isinstance(error, PeerLost) and not self._closing:
+            error = await self.audit.known_fraud(LEARN_S) or error
+        self._heard_of_fraud = isinstance(error, IntegrityError) and bool(error.proof)
         return error
 
     def abort(self, reason: str) -> bool:

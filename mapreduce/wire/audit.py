@@ -78,6 +78,7 @@ class _Step:
     challenge: Challenge | None = None
     opened: dict[int, list[Opening]] = field(default_factory=dict)  # by rank: input, then output
     done: set[int] = field(default_factory=set)  # ranks that need open no more
+    judged: bool = False
 
 
 class JobAudit:
@@ -141,6 +142,18 @@ class JobAudit:
                     verdicts.append(Withheld(rank, number, want.segment))
         return wants, verdicts
 
+    def pending(self, rank: int) -> bool:
+        """Whether a verdict on a step that this rank told of is still to come."""
+        return any(
+            self._sampled(said) and not step.judged
+            for step in self._steps.values()
+            if (said := step.completions.get(rank)) is not None
+        )
+
+    def _sampled(self, said: Completion) -> bool:
+        committed = said.outcome == Completion.COMMITTED
+        return committed and said.sampled is not None and self._budget > 0
+
     def _wants_of(self, step: _Step, number: int, rank: int) -> list[Want]:
         said = step.completions.get(rank)
         if said is None:
@@ -151,8 +164,7 @@ class JobAudit:
             if (rank, segment) not in step.certificates
             and said.segments[segment].certificate != NO_ROOT
         ]
-        sampled = said.outcome == Completion.COMMITTED and said.sampled is not None
-        if sampled and self._budget > 0 and rank not in step.done:
+        if self._sampled(said) and rank not in step.done:
             assert said.sampled is not None
             wants.append(Want(number, said.sampled, openings=True))
         return wants
@@ -200,8 +212,8 @@ class JobAudit:
             if not part.echoes:
                 return verdicts
             self._evidence(step, step.completions[rank], part, said)
-            if rank in step.opened:
-                raise BadMessage("opening 0 is not the next one")
+            # A rank whose last attempt broke off begins again.
+            self._held_bytes -= sum(len(opening.data) for opening in step.opened.get(rank, ()))
             step.opened[rank] = []
         return verdicts + self._take(step, rank, part)
 
@@ -286,9 +298,9 @@ class JobAudit:
                 raise BadMessage(f"block {numbers[at]} does not open the certified root")
             opened.append(opening)
             self._held_bytes += len(opening.data)
+        while self._held_bytes > MAX_HELD_BYTES:
+            self._forget_oldest()
         if len(opened) < len(numbers):
-            while self._held_bytes > MAX_HELD_BYTES:
-                self._forget_oldest()
             return []
         step.done.add(rank)
         return self._judge(step, said, chosen)
@@ -301,6 +313,7 @@ class JobAudit:
         if not complete or len(output) < count:
             return []
         self.audited_steps += 1
+        step.judged = True
         signed = step.certificates[chosen.opener, said.place.segment]
         inputs = [step.opened[rank] for rank in range(self._ranks)]
         self._release(step)

@@ -239,12 +239,14 @@ class WantedOpenings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditAnswer:
-    """What the validator wants to see, and the proofs of lies in this job that it knows of."""
+    """What the validator wants to see, the proofs of lies in this job that it knows of, and whether
+    steps that this peer told of are still being audited, so that more may come."""
 
     __pydantic_config__ = _STRICT
 
     wants: Annotated[list[WantedOpenings], Field(max_length=1024)]
     proofs: Annotated[list[ProofId], Field(max_length=64)]
+    pending: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -309,6 +309,11 @@ class MinerSession:
         step = self._live_step(rank, header)
         if step is None:
             return
+        opened = step.opens[rank]
+        assert opened is not None
+        if opened.op is ReduceOp.BROADCAST and opened.root != rank:
+            # A receipt for nothing would contradict the certificate, and convict this miner.
+            raise BadFrame("CLOSE from a rank that receives this broadcast")
         if step.received[rank] != step.lengths[rank]:
             raise BadFrame(f"CLOSE after {step.received[rank]} of {step.lengths[rank]} bytes")
         signed, root = self.trust.upload(step, rank, said)

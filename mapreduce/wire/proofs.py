@@ -3,7 +3,9 @@ lied.
 
 Knows how a proof is written, read and checked; knows no file, network or key. A proof needs
 nobody's word: whoever has it, recomputes. There is one way to write each, and every byte is bound
-by a signature or a hash, so nothing in it can be changed without making it worthless.
+by a signature or a hash, so nothing in it can be changed without making it worthless. The one
+exception is a `Delegation`, which says whose session key lied and may be left out: whoever keeps a
+ledger goes by the delegation that came with the join.
 
 | kind | shows |
 |---|---|
@@ -338,6 +340,8 @@ def _check_receipt(claim: Claim, keys: JobKeys) -> Finding:
     _check_miner(second, said, keys)
     if receipt.place != said.place or receipt.rank >= len(said.entries):
         raise ProofInvalid("receipt and certificate are of different places")
+    if receipt.rank not in said.contributors:
+        raise ProofInvalid(f"rank {receipt.rank + 1} contributes nothing that a receipt is for")
     entry = said.entries[receipt.rank]
     if (receipt.nbytes, receipt.root, receipt.nonce_hash) == (said.nbytes, *entry):
         raise ProofInvalid("the certificate says what the receipt says")

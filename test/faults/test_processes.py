@@ -31,7 +31,7 @@ def reduce_until_it_fails(peer: Peer) -> dict[str, Any]:
     """All-reduces, as a training would, until an error or the end; what the script then knows."""
     started = time.monotonic()
     for step in range(1, STEPS + 1):
-        tensor = np.full(COUNT, peer.rank, dtype=np.float32)
+        tensor = np.full(COUNT, peer.rank * step, dtype=np.float32)
         try:
             peer.all_reduce(tensor, op="sum", timeout=30)
         except MapReduceError as error:
@@ -41,7 +41,7 @@ def reduce_until_it_fails(peer: Peer) -> dict[str, Any]:
                 "text": str(error),
                 "hotkey": getattr(error, "hotkey", None),
                 "proof": getattr(error, "proof_path", None),
-                "intact": bool((tensor == peer.rank).all()),
+                "intact": bool((tensor == peer.rank * step).all()),
             }
         if time.monotonic() - started > WITHIN_S:
             break

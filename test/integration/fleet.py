@@ -114,6 +114,7 @@ class Fleet:
         window_bytes: int = 256 * KIB,
         frame_bytes: int = 64 * KIB,
         join_timeout_s: float = 10.0,
+        audit_budget: float = 0.01,
     ) -> None:
         self.miner_count = miners
         self.directory = Directory()
@@ -121,7 +122,10 @@ class Fleet:
         self.validator_key = new_hotkey()
         self.peer_key = new_hotkey()
         self.limits = Limits(
-            window_bytes=window_bytes, frame_bytes=frame_bytes, join_timeout_s=join_timeout_s
+            window_bytes=window_bytes,
+            frame_bytes=frame_bytes,
+            join_timeout_s=join_timeout_s,
+            audit_budget=audit_budget,
         )
         self.jobs: list[PeerJob] = []
         self.not_ready: str | None = None

@@ -30,7 +30,14 @@ LAYERS = (
         "mapreduce.ranks",
     ),
     ("mapreduce.services",),
-    ("mapreduce.local", "mapreduce.demo", "peer", "neurons", "examples"),
+    (
+        "mapreduce.local",
+        "mapreduce.demo",
+        "mapreduce.verify",
+        "peer",
+        "neurons",
+        "examples",
+    ),
 )
 PURE = ("mapreduce.core", "mapreduce.wire")
 IMPURE = {"asyncio", "socket", "time", "aiohttp", "bittensor", "torch", "sqlite3", "threading"}

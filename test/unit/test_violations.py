@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from mapreduce.core.dtypes import DType
+from mapreduce.core.hash_tree import RootHasher
 from mapreduce.core.reduce import ReduceOp
 from mapreduce.errors import BadFrame, CollectiveMismatch
 from mapreduce.net.auth import signer
 from mapreduce.wire.bodies import VERSION_PREFIX, Ack, Commit, Open, TensorSpec
 from mapreduce.wire.frames import Header, Kind, encode_frame
-from mapreduce.wire.statements import open_statement
+from mapreduce.wire.proofs import Claim, ProofInvalid, ProofKind, Signed, check_claim
+from mapreduce.wire.statements import NO_ROOT, Certificate, Receipt, open_statement
 from test.memory_job import MemoryJob
 from test.parties import Parties
 from test.unit.test_sessions import KIB, gradients, terms
@@ -159,3 +161,40 @@ def test_ranks_whose_segments_differ_learn_it() -> None:
     for step in steps:
         assert isinstance(step.error, CollectiveMismatch)
         assert "segments" in str(step.error)
+
+
+def test_a_receiver_of_a_broadcast_gets_no_receipt() -> None:
+    """A receipt for nothing beside an honest certificate would convict an honest miner."""
+    job = MemoryJob(terms(2, 1))
+    job.begin(0, ReduceOp.BROADCAST, np.ones(20_000, dtype=np.float32))
+    step = job.begin(1, ReduceOp.BROADCAST, None, contribute=False)
+    stream = b"".join(job.peers[1].take_control(0))
+    body = step.trust.close_body(0)
+    job.streams[1, 0].to_miner += stream + peer_frame(Kind.CLOSE, step=1, rank=1, body=body)
+    job.run()
+    assert "CLOSE from a rank that receives this broadcast" in str(job.violations[0])
+    assert not step.trust._receipts
+
+
+def test_a_receipt_for_nothing_proves_nothing() -> None:
+    """As a miner of an older version might have signed it."""
+    parties = Parties(terms(2, 1))
+    place = parties.keys.place(1, 0)
+    receipt = Receipt(place=place, rank=1, nbytes=0, root=RootHasher().root(), nonce_hash=bytes(32))
+    certificate = Certificate(
+        place=place,
+        op=ReduceOp.BROADCAST,
+        dtype=DType.FLOAT32,
+        sender=0,
+        nbytes=8,
+        root=bytes(32),
+        entries=((bytes(32), bytes(32)), (NO_ROOT, bytes(32))),
+    )
+    sign = signer(parties.miners[0])
+    signed = tuple(
+        Signed(statement=said.statement(), signature=sign(said.statement()))
+        for said in (receipt, certificate)
+    )
+    claim = Claim(kind=ProofKind.BROKEN_RECEIPT, statements=signed)
+    with pytest.raises(ProofInvalid, match="rank 2 contributes nothing"):
+        check_claim(claim, parties.keys)

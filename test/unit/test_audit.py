@@ -1,0 +1,250 @@
+"""The audit of a job without a network: what is asked, what is taken, what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from mapreduce.core.reduce import ReduceOp
+from mapreduce.errors import BadMessage
+from mapreduce.wire import audit as audit_module
+from mapreduce.wire.audit import MAX_ASKS, JobAudit, Want, Withheld
+from mapreduce.wire.messages import MAX_MESSAGE_BYTES
+from mapreduce.wire.openings import Part, encode_openings, split_openings
+from mapreduce.wire.peer_record import PeerRecord
+from mapreduce.wire.samples import SampleStore
+from mapreduce.wire.terms import Terms
+from test.memory_job import MemoryJob
+
+if TYPE_CHECKING:
+    from mapreduce.wire.proofs import Opening
+
+KIB, MIB = 1024, 1024 * 1024
+
+
+class Audited:
+    """A job in memory after one step, its ranks' records and a validator that knows nothing yet."""
+
+    def __init__(self, peers: int, miners: int, nbytes: int, budget: float, seed: int = 0) -> None:
+        frame = min(MIB, max(32 * KIB, nbytes // 16 // (16 * KIB) * 16 * KIB))
+        terms = Terms(
+            peer_count=peers,
+            miner_count=miners,
+            bandwidth=1 << 30,
+            window_bytes=4 * frame,
+            frame_bytes=frame,
+        )
+        self.job = MemoryJob(terms, seed, socket_bytes=frame, audit_budget=budget)
+        self.job._take = lambda queue: bytes(self._drain(queue))  # type: ignore[method-assign]
+        self.nbytes = nbytes
+        self.audit = JobAudit(self.job.parties.keys, budget)
+        self.records = [PeerRecord(peer.signatory) for peer in self.job.peers]
+
+    @staticmethod
+    def _drain(queue: bytearray) -> bytes:
+        data = bytes(queue)
+        queue.clear()
+        return data
+
+    def step(self) -> None:
+        rng = np.random.default_rng(0)
+        count = self.nbytes // 4
+        tensors = [rng.random(count, dtype=np.float32) for _ in self.job.peers]
+        steps = self.job.all_reduce(tensors, ReduceOp.AVG)
+        self.job.run()
+        for record, step in zip(self.records, steps, strict=True):
+            assert step.error is None
+            assert record.step_over(step)
+
+    def tell(self) -> int:
+        """All ranks report; returns the bytes of the reports."""
+        told = 0
+        for rank, record in enumerate(self.records):
+            while record.completions:
+                completion, signature = record.completions.popleft()
+                told += len(completion.content()) + len(signature)
+                self.audit.completed(rank, completion, signature)
+        return told
+
+    def bodies(self, rank: int) -> list[bytes]:
+        wants, verdicts = self.audit.wants(rank)
+        assert not verdicts
+        return [b for want in wants for b in self.records[rank].openings(want.step, want.segment)]
+
+
+@pytest.mark.parametrize(
+    ("peers", "segment"), [(2, 4 * MIB), (4, 4 * MIB), (2, 5 * MIB + 4)], ids=str
+)
+def test_an_audit_stays_within_one_percent_of_the_job(peers: int, segment: int) -> None:
+    check_audit_bytes(peers, segment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("peers", "segment"), [(8, 4 * MIB), (3, 16 * MIB), (8, 16 * MIB), (2, 64 * MIB)], ids=str
+)
+def test_an_audit_stays_within_one_percent_of_the_job_at_large(peers: int, segment: int) -> None:
+    check_audit_bytes(peers, segment)
+
+
+def check_audit_bytes(peers: int, segment: int) -> None:
+    """A6, with everything that really goes over the wire: completions, evidence, blocks, paths."""
+    trial = Audited(peers, 1, segment, budget=0.01)
+    trial.step()
+    spent = trial.tell()
+    for rank in range(peers):
+        for body in trial.bodies(rank):
+            assert len(body) <= MAX_MESSAGE_BYTES
+            spent += len(body)
+            assert trial.audit.opened(rank, body) == []
+    assert trial.audit.audited_steps == 1
+    moved = 2 * peers * segment
+    assert 0.002 < spent / moved <= 0.01, spent / moved
+
+
+def test_a_rank_is_asked_until_it_has_shown_everything_and_three_times_at_most() -> None:
+    trial = Audited(2, 1, 300_000, budget=1.0)
+    trial.step()
+    trial.tell()
+    for _ in range(MAX_ASKS):
+        assert trial.audit.wants(0) == ([Want(1, 0, True)], [])
+    assert trial.audit.wants(0) == ([], [Withheld(0, 1, 0)])
+    assert trial.audit.wants(0) == ([], [])
+    assert trial.audit.withheld == {0}
+    (body, *rest) = trial.bodies(1)
+    assert trial.audit.opened(1, body) == []
+    assert len(trial.audit.wants(1)[0]) == bool(rest)
+    for more in rest:
+        trial.audit.opened(1, more)
+    assert trial.audit.wants(1) == ([], [])
+    assert trial.audit.withheld == {0}
+
+
+def test_nothing_is_asked_of_a_rank_that_has_not_reported() -> None:
+    trial = Audited(2, 1, 300_000, budget=1.0)
+    trial.step()
+    assert trial.audit.wants(0) == ([], [])
+    completion, signature = trial.records[0].completions[0]
+    trial.audit.completed(0, completion, signature)
+    trial.audit.completed(0, completion, signature)  # told again
+    assert len(trial.audit.wants(0)[0]) == 1
+    assert trial.audit.wants(1) == ([], [])
+
+
+def test_openings_that_do_not_fit_are_refused_and_blame_nobody() -> None:
+    trial = Audited(2, 1, 300_000, budget=1.0)
+    trial.step()
+    trial.tell()
+    body = trial.bodies(0)[0]
+    part = Part.decode(body)
+    assert part.certificate is not None
+    flipped = bytearray(part.blocks)
+    flipped[5] ^= 1
+    wrong = {
+        "does not open": replace(part, blocks=bytes(flipped)),
+        "in the middle of one": replace(part, blocks=part.blocks[:-1]),
+        "not the next one": replace(part, first=3),
+        "rank 1 has not acknowledged": replace(part, echoes=bytes(len(part.echoes))),
+        "echoes of 5 bytes": replace(part, echoes=b"12345"),
+        "1 acknowledgements of 2": replace(part, echoes=part.echoes[:132]),
+        "not signed": replace(part, certificate=replace(part.certificate, signature=bytes(64))),
+        "another place": replace(part, segment=1),
+    }
+    for says, changed in wrong.items():
+        fresh = Audited(2, 1, 300_000, budget=1.0)
+        fresh.step()
+        fresh.tell()
+        with pytest.raises(BadMessage, match=says):
+            fresh.audit.opened(0, changed.encode())
+        with pytest.raises(BadMessage):  # the blocks of rank 1 are not those of rank 2
+            fresh.audit.opened(1, body)
+        assert fresh.audit.audited_steps == 0
+        assert fresh.audit.withheld == frozenset()
+    assert trial.audit.opened(0, Part(step=9, segment=0, first=0).encode()) == []
+
+
+def test_an_audit_ends_only_when_every_rank_has_opened() -> None:
+    trial = Audited(3, 2, 900_000, budget=1.0)
+    trial.step()
+    trial.tell()
+    for rank in range(3):
+        assert trial.audit.pending(rank)
+        bodies = trial.bodies(rank)
+        if rank == 1:  # its first attempt breaks off, and it begins again
+            assert trial.audit.opened(rank, bodies[0]) == []
+        for body in bodies:
+            assert trial.audit.opened(rank, body) == []
+        assert trial.audit.pending(0) == (rank < 2)
+    assert trial.audit.audited_steps == 1
+
+
+def test_memory_of_an_audit_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_module, "MAX_OPEN_STEPS", 4)
+    trial = Audited(2, 1, 100_000, budget=1.0)
+    for _ in range(6):
+        trial.step()
+    trial.tell()
+    steps = [want.step for want in trial.audit.wants(1)[0]]
+    assert steps == [3, 4, 5, 6]
+    monkeypatch.setattr(audit_module, "MAX_HELD_BYTES", 150_000)
+    for body in trial.bodies(0):
+        trial.audit.opened(0, body)
+    assert trial.audit._held_bytes <= 250_000
+
+
+def test_samples_are_kept_newest_first_within_their_bound() -> None:
+    trial = Audited(2, 1, 100_000, budget=1.0)
+    store = SampleStore(max_bytes=250_000)
+    kept = []
+    for _ in range(5):
+        trial.step()
+        step = trial.job.peers[0].step
+        assert step is not None
+        assert step.sample is not None
+        store.add(step.sample)
+        kept.append(step.number)
+        assert store.kept_bytes <= 250_000
+    assert store.get(1) is None
+    assert store.get(5) is not None
+    store.drop(5)
+    assert store.get(5) is None
+    huge = SampleStore(max_bytes=10)
+    assert step is not None
+    assert step.sample is not None
+    huge.add(step.sample)
+    assert (huge.get(step.number), huge.kept_bytes) == (None, 0)
+
+
+def test_a_broadcast_and_a_job_without_a_budget_keep_no_sample() -> None:
+    trial = Audited(2, 1, 300_000, budget=1.0)
+    trial.job.begin(0, ReduceOp.BROADCAST, np.ones(75_000, dtype=np.float32))
+    trial.job.begin(1, ReduceOp.BROADCAST, None, contribute=False)
+    trial.job.run()
+    assert [p.step.sample for p in trial.job.peers if p.step] == [None, None]
+    other = Audited(2, 1, 300_000, budget=0.0)
+    other.step()
+    assert [p.step.sample for p in other.job.peers if p.step] == [None, None]
+
+
+def test_openings_survive_being_split_into_bodies() -> None:
+    trial = Audited(2, 1, 700_000, budget=1.0)
+    trial.step()
+    step = trial.job.peers[0].step
+    assert step is not None
+    sample = step.sample
+    assert sample is not None
+    openings = sample.openings()
+    bodies = encode_openings(1, 0, sample.evidence, openings)
+    assert len(bodies) > 1
+    back: list[Opening] = []
+    numbers = sample.blocks * 2
+    for body in bodies:
+        part = Part.decode(body)
+        assert part.first == len(back)
+        back += split_openings(part.blocks, sample.nbytes, numbers[len(back) :])
+    assert back == openings
+    with pytest.raises(BadMessage, match="bytes behind the last opening"):
+        split_openings(bodies[0], sample.nbytes, ())
