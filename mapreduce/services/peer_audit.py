@@ -229,7 +229,7 @@ class PeerAudit:
             )
             answer = await self._call("POST", f"{path}/completions", batch, AuditAnswer)
             for _ in completions:
-                self._reported.add(self._record.completions.popleft()[0].step)
+                self._reported.add(self._record.completions.popleft().step)
             del self._disputes[: len(disputes)]
             for want in answer.wants:
                 for body in self._shown(want):
@@ -245,12 +245,13 @@ class PeerAudit:
         """As many as fit one request."""
         batch: list[SignedCompletion] = []
         size = 0
-        for completion, signature in self._record.completions:
+        for completion in self._record.completions:
             content = completion.content().hex()
             size += len(content) + COMPLETION_OVERHEAD_BYTES
             if len(batch) == MAX_BATCHED_COMPLETIONS or size > MAX_BATCH_BYTES:
                 break
-            batch.append(SignedCompletion(content=content, signature=signature.hex()))
+            signature = self._record.sign(completion).hex()
+            batch.append(SignedCompletion(content=content, signature=signature))
         return batch
 
     def _shown(self, want: WantedOpenings) -> list[bytes]:

@@ -24,11 +24,10 @@ MAX_SEGMENT_US = (1 << 32) - 1
 
 
 class PeerRecord:
-    """One rank's record of its job. `completions` are those that nobody was told of yet, each with
-    the rank's signature."""
+    """One rank's record of its job. `completions` are those that nobody was told of yet."""
 
     def __init__(self, signatory: Signatory) -> None:
-        self.completions: deque[tuple[Completion, bytes]] = deque(maxlen=MAX_QUEUED)
+        self.completions: deque[Completion] = deque(maxlen=MAX_QUEUED)
         self._signatory = signatory
         self._samples = SampleStore()
         self._failed: dict[int, dict[int, Signed]] = {}  # certificates, by step and segment
@@ -42,9 +41,12 @@ class PeerRecord:
             self._samples.add(step.sample)
         if not committed:
             self._keep_certificates(step)
-        completion = self._completion(step, committed=committed)
-        self.completions.append((completion, self._signatory.sign(completion.statement())))
+        self.completions.append(self._completion(step, committed=committed))
         return True
+
+    def sign(self, completion: Completion) -> bytes:
+        """The rank's signature: made when it is told, not while a caller waits for the step."""
+        return self._signatory.sign(completion.statement())
 
     def _keep_certificates(self, step: Step) -> None:
         trust = step.trust

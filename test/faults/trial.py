@@ -171,7 +171,8 @@ class Trial:
         verdicts: list[Verdict] = []
         for rank, record in enumerate(self.records):
             while record.completions:
-                self.audit.completed(rank, *record.completions.popleft())
+                completion = record.completions.popleft()
+                self.audit.completed(rank, completion, record.sign(completion))
         for rank, record in enumerate(self.records):
             wants, withheld = self.audit.wants(rank)
             verdicts += withheld

@@ -175,7 +175,8 @@ async def test_a_validator_believes_only_what_is_signed_and_fits() -> None:
         record = job.audit._record
         assert job.session.step is not None
         assert record.step_over(job.session.step)
-        completion, signature = record.completions.pop()
+        completion = record.completions.pop()
+        signature = record.sign(completion)
         path = f"/v1/jobs/{job.grant.job}"
 
         async def refused(key: Any, route: str, message: object) -> tuple[int, str, str]:

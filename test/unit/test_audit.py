@@ -64,7 +64,8 @@ class Audited:
         told = 0
         for rank, record in enumerate(self.records):
             while record.completions:
-                completion, signature = record.completions.popleft()
+                completion = record.completions.popleft()
+                signature = record.sign(completion)
                 told += len(completion.content()) + len(signature)
                 self.audit.completed(rank, completion, signature)
         return told
@@ -127,7 +128,8 @@ def test_nothing_is_asked_of_a_rank_that_has_not_reported() -> None:
     trial = Audited(2, 1, 300_000, budget=1.0)
     trial.step()
     assert trial.audit.wants(0) == ([], [])
-    completion, signature = trial.records[0].completions[0]
+    completion = trial.records[0].completions[0]
+    signature = trial.records[0].sign(completion)
     trial.audit.completed(0, completion, signature)
     trial.audit.completed(0, completion, signature)  # told again
     assert len(trial.audit.wants(0)[0]) == 1
