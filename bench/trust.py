@@ -8,6 +8,7 @@ receives, or that a miner receives or reduces.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import statistics
 import sys
@@ -97,6 +98,7 @@ def run(name: str, case: Case, site: Site, floor_s: float, runs: int) -> Row:
         "on_over_off": with_it.median_s / without.median_s,
         "x_floor": with_it.median_s / floor_s,
         "cpu_s_per_hashed_GB": {"peer": peer, "miner": miner},
+        "cpu_s_per_GB": {"on": dataclasses.asdict(with_it), "off": dataclasses.asdict(without)},
     }
 
 
