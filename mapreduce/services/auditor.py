@@ -88,10 +88,10 @@ class Auditor:
         """Hotkeys of miners that were proven to lie in the last days, with a proof's id."""
         return self._ledger.banned(time.time(), BAN_S)
 
-    def excluded(self, job: str, rank: int) -> bool:
-        """Whether the rank has not shown what it must be able to show."""
+    def excluded(self, job: str) -> frozenset[int]:
+        """Ranks (indexes) that have not shown what they must be able to show."""
         live = self._jobs.get(job)
-        return live is not None and rank in live.audit.withheld
+        return frozenset() if live is None else live.audit.withheld
 
     def flags(self) -> Flags:
         """Whom the disputes of the last day speak against, without a proof."""
@@ -159,6 +159,13 @@ class Auditor:
                 what=dispute.what,
                 now=time.time(),
             )
+        if batch.disputes:
+            flags = self.flags()
+            if flags.miners or flags.peers:
+                _log.warning(
+                    "disputes speak against",
+                    extra={"miners": sorted(flags.miners), "peers": sorted(flags.peers)},
+                )
         wants, verdicts = job.audit.wants(rank)
         self._keep(job, verdicts)
         return json_response(

@@ -367,10 +367,11 @@ class Coordinator:
         return grant, grant.session_keys.index(request[CALLER].address)
 
     async def _renew(self, request: web.Request) -> web.Response:
-        grant, rank = self._own_grant(request, decode_message(SignedGrant, request[BODY]))
-        if self._auditor.excluded(grant.job, rank):
+        grant, _ = self._own_grant(request, decode_message(SignedGrant, request[BODY]))
+        if excluded := self._auditor.excluded(grant.job):
+            names = ", ".join(str(rank + 1) for rank in sorted(excluded))
             raise Refused(
-                "this rank did not show the samples that it was asked for; open a new job",
+                f"the job ends: rank {names} did not show the samples that it was asked for",
                 code="excluded",
                 status=403,
             )

@@ -63,6 +63,8 @@ POLL_S = 0.2
 COMPLETION_OVERHEAD_BYTES = 256  # signature, names and quotes in JSON
 MAX_BATCH_BYTES = 96 * 1024  # of completions; a request has at most 128 KiB
 MAX_BATCHED_COMPLETIONS = 256
+# It will not want to hear it later either; others pass, as when it is shutting down.
+FINAL_REFUSALS = frozenset({"no_such_job", "not_in_job", "bad_message"})
 MAX_POLLS = 20  # then other ranks do not seem to tell their part
 MAX_BATCHED_DISPUTES = 64
 
@@ -198,14 +200,14 @@ class PeerAudit:
                 await self._contact()
             except Refused as error:
                 _log.warning("the validator takes no completions", extra={"error": str(error)})
-                self._forget()
+                if error.code in FINAL_REFUSALS:
+                    self._forget()
             except MapReduceError as error:
                 _log.info("no contact to the validator", extra={"error": str(error)})
             if self._pending:
                 self._something.set()
 
     def _forget(self) -> None:
-        """It will not want to hear it later either."""
         self._record.completions.clear()
         self._disputes.clear()
         self._claims.clear()
@@ -223,13 +225,17 @@ class PeerAudit:
                 await self._call("POST", f"{path}/proofs", self._claims[0], Accepted)
                 self._claims.pop(0)
             completions = self._next_completions()
+            last = completions[-1][0] if completions else 0
             disputes = self._disputes[:MAX_BATCHED_DISPUTES]
             batch = CompletionBatch(
-                rank=self._signatory.rank, completions=completions, disputes=disputes
+                rank=self._signatory.rank,
+                completions=[message for _, message in completions],
+                disputes=disputes,
             )
             answer = await self._call("POST", f"{path}/completions", batch, AuditAnswer)
-            for _ in completions:
-                self._reported.add(self._record.completions.popleft().step)
+            self._reported.update(step for step, _ in completions)
+            while self._record.completions and self._record.completions[0].step <= last:
+                self._record.completions.popleft()
             del self._disputes[: len(disputes)]
             for want in answer.wants:
                 for body in self._shown(want):
@@ -241,17 +247,18 @@ class PeerAudit:
                     await self._fetch(f"{path}/proofs/{proof}")
                     self._known.add(proof)
 
-    def _next_completions(self) -> list[SignedCompletion]:
-        """As many as fit one request."""
-        batch: list[SignedCompletion] = []
+    def _next_completions(self) -> list[tuple[int, SignedCompletion]]:
+        """As many as fit one request, each with its step."""
+        batch: list[tuple[int, SignedCompletion]] = []
         size = 0
         for completion in self._record.completions:
-            content = completion.content().hex()
+            said, signature = self._record.told(completion)
+            content = said.content().hex()
             size += len(content) + COMPLETION_OVERHEAD_BYTES
             if len(batch) == MAX_BATCHED_COMPLETIONS or size > MAX_BATCH_BYTES:
                 break
-            signature = self._record.sign(completion).hex()
-            batch.append(SignedCompletion(content=content, signature=signature))
+            message = SignedCompletion(content=content, signature=signature.hex())
+            batch.append((completion.step, message))
         return batch
 
     def _shown(self, want: WantedOpenings) -> list[bytes]:

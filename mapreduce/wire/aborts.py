@@ -37,7 +37,8 @@ def abort_of(error: IntegrityError, rank: int) -> Abort:
 
 def error_of(abort: Abort, step: int, keys: JobKeys) -> MapReduceError:
     """What an ABORT of a step means to the caller of the collective."""
-    rank = None if abort.rank is None else abort.rank + 1
+    known = abort.rank in range(len(keys.session_keys))
+    rank = abort.rank + 1 if known and abort.rank is not None else None
     names = keys.miners
     miner = abort.miner if abort.miner in range(len(names)) else None
     if abort.code == "mismatch" and abort.differences:
@@ -55,6 +56,7 @@ def error_of(abort: Abort, step: int, keys: JobKeys) -> MapReduceError:
         return MinerLost(name.uid, name.hotkey, miner, reason)
     if abort.code == "dispute" and miner is not None and rank is not None:
         name = names[miner]
+        signed = keys.rejected(abort.proof, step, miner, rank - 1)
         return ResultDisputed(
             name.uid,
             name.hotkey,
@@ -62,7 +64,7 @@ def error_of(abort: Abort, step: int, keys: JobKeys) -> MapReduceError:
             abort.message,
             step=step,
             segment=miner,
-            reject=abort.proof,
+            reject=abort.proof if signed else b"",
         )
     if abort.code == "fraud":
         return _proven(abort, step, rank, keys)

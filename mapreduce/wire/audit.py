@@ -7,7 +7,7 @@ storage or time. Nothing that one rank says without the other party's signature 
 from __future__ import annotations
 
 import struct
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,20 +20,20 @@ from mapreduce.wire.openings import Part, split_openings
 from mapreduce.wire.proofs import Claim, Opening, ProofKind, Signed, reduce_block
 from mapreduce.wire.statements import (
     NO_ROOT,
-    SIGNATURE_BYTES,
     Acknowledgement,
     Certificate,
     Completion,
-    Reject,
     step_digest,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mapreduce.wire.keys import JobKeys
     from mapreduce.wire.messages import Dispute
 
 MAX_ASKS = 3  # then a rank that does not open is given up on
-MAX_OPEN_STEPS = 256  # of one job; then the oldest audit ends without a verdict
+MAX_OPEN_STEPS = 1024  # of one job; then the oldest audit ends without a verdict
 MAX_HELD_BYTES = 128 << 20  # of one job's openings; likewise
 
 
@@ -68,17 +68,41 @@ Verdict = Proven | Withheld
 
 
 @dataclass(slots=True)
-class _Step:
-    """What is known of one step."""
+class _Challenged:
+    """What one COMMIT of a step makes its ranks open, and what they have opened so far: the blocks
+    of their input, and of the output behind them."""
 
+    said: Certificate
+    signed: Signed
+    challenge: Challenge
+    opened: dict[int, list[Opening]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Step:
+    """What is known of one step, which the rank `told_by` told of first.
+
+    Ranks go by the COMMIT of the lowest segment. One that did not get it goes by another: then not
+    all open the same blocks, and the step ends without a verdict.
+    """
+
+    told_by: int
     completions: dict[int, Completion] = field(default_factory=dict)
     certificates: dict[tuple[int, int], Signed] = field(default_factory=dict)  # rank, segment
     asked: dict[tuple[int, int], int] = field(default_factory=dict)
-    certificate: Certificate | None = None
-    challenge: Challenge | None = None
-    opened: dict[int, list[Opening]] = field(default_factory=dict)  # by rank: input, then output
+    challenged: dict[int, _Challenged] = field(default_factory=dict)  # by segment of the commit
+    goes_by: dict[int, int] = field(default_factory=dict)  # rank -> segment of the commit
     done: set[int] = field(default_factory=set)  # ranks that need open no more
     judged: bool = False
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(
+            len(opening.data)
+            for challenged in self.challenged.values()
+            for opened in challenged.opened.values()
+            for opening in opened
+        )
 
 
 class JobAudit:
@@ -86,12 +110,11 @@ class JobAudit:
 
     def __init__(self, keys: JobKeys, budget: float) -> None:
         self.keys = keys
+        self.completed_steps = 0  # that all ranks told of, and have nothing left to show of
         self.audited_steps = 0  # with a verdict, good or bad
         self._budget = budget
         self._ranks = len(keys.session_keys)
         self._steps: OrderedDict[int, _Step] = OrderedDict()
-        self._held_bytes = 0
-        self._forgotten = 0  # the last step whose audit was given up for room
         self._withheld: set[int] = set()
 
     @property
@@ -109,22 +132,36 @@ class JobAudit:
             raise BadMessage("the completion is of another job or rank")
         if not self.keys.signed_by_rank(rank, completion.statement(), signature):
             raise BadMessage("the completion is not signed by its rank")
-        if completion.step <= self._forgotten:
-            return
-        step = self._steps.setdefault(completion.step, _Step())
+        step = self._steps.setdefault(completion.step, _Step(told_by=rank))
         step.completions.setdefault(rank, completion)
+        self._forget_if_over(completion.step)
         if len(self._steps) > MAX_OPEN_STEPS:
-            self._forget_oldest()
+            busiest = self._busiest()
+            self._forget_oldest(lambda step: step.told_by == busiest)
 
-    def _forget_oldest(self) -> None:
-        number, step = self._steps.popitem(last=False)
-        self._forgotten = max(self._forgotten, number)
-        self._release(step)
+    def _forget_if_over(self, number: int) -> None:
+        """Most steps end like this: all ranks agree, and the sample, if there was one, is judged."""
+        step = self._steps[number]
+        told = step.completions.values()
+        over = (
+            len(told) == self._ranks
+            and all(said.outcome == Completion.COMMITTED for said in told)
+            and not self._conflicts(step)
+            and (step.judged or not any(self._sampled(said) for said in told))
+        )
+        if over:
+            self.completed_steps += 1
+            del self._steps[number]
 
-    def _release(self, step: _Step) -> None:
-        for opened in step.opened.values():
-            self._held_bytes -= sum(len(opening.data) for opening in opened)
-        step.opened = {}
+    def _busiest(self) -> int:
+        """The rank that told of most steps first: who tells of steps that never were makes room
+        among its own."""
+        return Counter(step.told_by for step in self._steps.values()).most_common(1)[0][0]
+
+    def _forget_oldest(self, which: Callable[[_Step], bool]) -> None:
+        number = next((n for n, step in self._steps.items() if which(step)), None)
+        if number is not None:
+            del self._steps[number]
 
     def wants(self, rank: int) -> tuple[list[Want], list[Verdict]]:
         """What to ask the rank for now, and what follows from having asked in vain before."""
@@ -136,7 +173,7 @@ class JobAudit:
                 step.asked[key] = step.asked.get(key, 0) + 1
                 if step.asked[key] <= MAX_ASKS:
                     wants.append(want)
-                elif step.asked[key] == MAX_ASKS + 1:
+                elif want.openings:
                     self._withheld.add(rank)
                     step.done.add(rank)
                     verdicts.append(Withheld(rank, number, want.segment))
@@ -162,6 +199,7 @@ class JobAudit:
             Want(number, segment, openings=False)
             for segment in self._conflicts(step)
             if (rank, segment) not in step.certificates
+            and said.outcome == Completion.FAILED
             and said.segments[segment].certificate != NO_ROOT
         ]
         if self._sampled(said) and rank not in step.done:
@@ -186,14 +224,9 @@ class JobAudit:
             raise BadMessage("the job has no such rank or segment")
         if dispute.rank == reporter:
             return
-        data = bytes.fromhex(dispute.reject)
-        statement, signature = data[:-SIGNATURE_BYTES], data[-SIGNATURE_BYTES:]
-        said = Reject.from_statement(statement)
-        fits = said.place == self.keys.place(dispute.step, dispute.segment)
-        if not fits or said.rank != dispute.rank:
-            raise BadMessage("the reject is of another place")
-        if not self.keys.signed_by_miner(dispute.segment, statement, signature):
-            raise BadMessage(f"the reject is not signed by {self.keys.miners[dispute.segment]}")
+        reject = bytes.fromhex(dispute.reject)
+        if not self.keys.rejected(reject, dispute.step, dispute.segment, dispute.rank):
+            raise BadMessage(f"{self.keys.miners[dispute.segment]} has not signed this reject")
 
     # Openings -------------------------------------------------------------------------------------
 
@@ -211,11 +244,11 @@ class JobAudit:
             step.certificates[rank, part.segment] = part.certificate
             if not part.echoes:
                 return verdicts
-            self._evidence(step, step.completions[rank], part, said)
-            # A rank whose last attempt broke off begins again.
-            self._held_bytes -= sum(len(opening.data) for opening in step.opened.get(rank, ()))
-            step.opened[rank] = []
-        return verdicts + self._take(step, rank, part)
+            self._evidence(step, rank, part, said)
+        verdicts += self._take(step, rank, part)
+        if part.step in self._steps:
+            self._forget_if_over(part.step)
+        return verdicts
 
     def _certificate(self, part: Part, step: _Step, rank: int) -> Certificate:
         assert part.certificate is not None
@@ -240,11 +273,11 @@ class JobAudit:
                 return [Proven(Claim(kind=ProofKind.TWO_CERTIFICATES, statements=both))]
         return []
 
-    def _evidence(self, step: _Step, rank_said: Completion, part: Part, said: Certificate) -> None:
+    def _evidence(self, step: _Step, rank: int, part: Part, said: Certificate) -> None:
         """Which blocks this step has to open follows from what all ranks signed."""
         certified = {
             segment: outcome.certificate
-            for segment, outcome in enumerate(rank_said.segments)
+            for segment, outcome in enumerate(step.completions[rank].segments)
             if outcome.certificate != NO_ROOT
         }
         digest = step_digest(certified)
@@ -256,7 +289,13 @@ class JobAudit:
         chosen = challenge(seed, said.nbytes, self._ranks, len(segments), self._budget)
         if chosen is None:
             raise BadMessage("this step has nothing to open")
-        step.certificate, step.challenge = said, chosen
+        assert part.certificate is not None
+        made = _Challenged(said, part.certificate, chosen)
+        challenged = step.challenged.setdefault(part.commit_segment, made)
+        if (challenged.said, challenged.challenge) != (said, chosen):
+            raise BadMessage("other ranks show other certificates or nonces")
+        step.goes_by[rank] = part.commit_segment
+        challenged.opened[rank] = []  # a rank whose last attempt broke off begins again
 
     def _acks(self, part: Part, digest: bytes) -> tuple[Ack, ...]:
         try:
@@ -281,10 +320,11 @@ class JobAudit:
 
     def _take(self, step: _Step, rank: int, part: Part) -> list[Verdict]:
         """The next openings of a rank, each checked against the root that it belongs to."""
-        said, chosen = step.certificate, step.challenge
-        opened = step.opened.get(rank)
-        if said is None or chosen is None or opened is None or part.first != len(opened):
+        challenged = step.challenged.get(step.goes_by.get(rank, -1))
+        if challenged is None or part.first != len(challenged.opened[rank]):
             raise BadMessage(f"opening {part.first} is not the next one")
+        said, chosen = challenged.said, challenged.challenge
+        opened = challenged.opened[rank]
         roots = [said.entries[rank][0]] + ([said.root] if rank == chosen.opener else [])
         numbers = chosen.blocks * len(roots)
         count = len(chosen.blocks)
@@ -297,42 +337,39 @@ class JobAudit:
             if root != roots[at // count]:
                 raise BadMessage(f"block {numbers[at]} does not open the certified root")
             opened.append(opening)
-            self._held_bytes += len(opening.data)
-        while self._held_bytes > MAX_HELD_BYTES:
-            self._forget_oldest()
+        while sum(each.held_bytes for each in self._steps.values()) > MAX_HELD_BYTES:
+            self._forget_oldest(lambda each: each.held_bytes > 0)
         if len(opened) < len(numbers):
             return []
         step.done.add(rank)
-        return self._judge(step, said, chosen)
+        return self._judge(step, challenged)
 
-    def _judge(self, step: _Step, said: Certificate, chosen: Challenge) -> list[Verdict]:
+    def _judge(self, step: _Step, challenged: _Challenged) -> list[Verdict]:
         """Once everything is here: is the output the reduction of the inputs?"""
+        said, chosen = challenged.said, challenged.challenge
         count = len(chosen.blocks)
-        complete = all(len(step.opened.get(rank, ())) >= count for rank in range(self._ranks))
-        output = step.opened.get(chosen.opener, [])[count:]
+        ranks = range(self._ranks)
+        complete = all(len(challenged.opened.get(rank, ())) >= count for rank in ranks)
+        output = challenged.opened.get(chosen.opener, [])[count:]
         if not complete or len(output) < count:
             return []
         self.audited_steps += 1
         step.judged = True
-        signed = step.certificates[chosen.opener, said.place.segment]
-        inputs = [step.opened[rank] for rank in range(self._ranks)]
-        self._release(step)
+        inputs = [challenged.opened[rank] for rank in ranks]
+        step.challenged = {}
         for at, block in enumerate(chosen.blocks):
-            openings = (*(rank_opened[at] for rank_opened in inputs), output[at])
+            openings = (*(opened[at] for opened in inputs), output[at])
             *given, result = (opening.data for opening in openings)
             try:
                 right = reduce_block(given, said) == result
             except UnsupportedTensor as error:
                 raise BadMessage(str(error)) from None
             if not right:
-                return [
-                    Proven(
-                        Claim(
-                            kind=ProofKind.WRONG_SUM,
-                            statements=(signed,),
-                            block=block,
-                            openings=openings,
-                        )
-                    )
-                ]
+                claim = Claim(
+                    kind=ProofKind.WRONG_SUM,
+                    statements=(challenged.signed,),
+                    block=block,
+                    openings=openings,
+                )
+                return [Proven(claim)]
         return []

@@ -246,25 +246,29 @@ class Abort:
     proof: bytes = b""
 
     def encode(self) -> bytes:
-        """As JSON of at most MAX_BODY_BYTES; of long differences the first ranks stay."""
-        ranks = MAX_PEERS
-        while True:
+        """As JSON of at most MAX_BODY_BYTES: of long differences the first ranks stay, a long
+        message is cut, and what proves nothing in halves is left out."""
+        for ranks, characters, proof in (
+            *((MAX_PEERS >> cut, MAX_MESSAGE_CHARS, self.proof) for cut in range(10)),
+            (0, MAX_VALUE_CHARS, self.proof),
+            (0, MAX_VALUE_CHARS, b""),
+        ):
             differences = {
                 name: {rank: text[:MAX_VALUE_CHARS] for rank, text in sorted(said.items())[:ranks]}
                 for name, said in sorted(self.differences.items())[:MAX_DIFFERENCES]
             }
             document = {
                 "code": self.code,
-                "message": self.message[:MAX_MESSAGE_CHARS],
+                "message": self.message[:characters],
                 "rank": self.rank,
                 "miner": self.miner,
                 "differences": differences,
-                "proof": base64.b64encode(self.proof).decode(),
+                "proof": base64.b64encode(proof).decode(),
             }
             body = VERSION_PREFIX + json.dumps(document).encode()
-            if len(body) <= MAX_BODY_BYTES or not ranks:
-                return body
-            ranks //= 2
+            if len(body) <= MAX_BODY_BYTES:
+                break
+        return body
 
     @classmethod
     def decode(cls, body: memoryview) -> Abort:

@@ -6,7 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from mapreduce.wire.statements import Place
+from mapreduce.errors import BadMessage
+from mapreduce.wire.statements import SIGNATURE_BYTES, Place, Reject
 
 
 class Verify(Protocol):
@@ -49,3 +50,14 @@ class JobKeys:
     def signed_by_miner(self, segment: int, statement: bytes, signature: bytes) -> bool:
         """Whether the miner of this segment signed the statement."""
         return self.verify(self.miners[segment].hotkey, statement, signature, session_key=False)
+
+    def rejected(self, data: bytes, step: int, segment: int, rank: int) -> bool:
+        """Whether the miner of this segment has signed that it received other bytes than the rank
+        sent; `data` is the statement with its signature."""
+        statement, signature = data[:-SIGNATURE_BYTES], data[-SIGNATURE_BYTES:]
+        try:
+            said = Reject.from_statement(statement)
+        except BadMessage:
+            return False
+        fits = said.place == self.place(step, segment) and said.rank == rank
+        return fits and self.signed_by_miner(segment, statement, signature)

@@ -6,6 +6,7 @@ Knows what to keep and for how long; knows no network and no time.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mapreduce.wire.openings import certificate_part, encode_openings
@@ -44,9 +45,12 @@ class PeerRecord:
         self.completions.append(self._completion(step, committed=committed))
         return True
 
-    def sign(self, completion: Completion) -> bytes:
-        """The rank's signature: made when it is told, not while a caller waits for the step."""
-        return self._signatory.sign(completion.statement())
+    def told(self, completion: Completion) -> tuple[Completion, bytes]:
+        """The completion as it is told now, and the rank's signature. Its sample may have had to
+        make room by now; and nobody waits here, as a caller does while its step ends."""
+        if completion.sampled is not None and self._samples.get(completion.step) is None:
+            completion = replace(completion, sampled=None)
+        return completion, self._signatory.sign(completion.statement())
 
     def _keep_certificates(self, step: Step) -> None:
         trust = step.trust
@@ -58,7 +62,7 @@ class PeerRecord:
             del self._failed[min(self._failed)]
 
     def _completion(self, step: Step, *, committed: bool) -> Completion:
-        sample = self._samples.get(step.number) if committed else None
+        sample = step.sample if committed else None
         certificates = step.trust.certificates
         digests = {segment: made.digest for segment, made in certificates.items()}
         return Completion(

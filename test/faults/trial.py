@@ -171,8 +171,7 @@ class Trial:
         verdicts: list[Verdict] = []
         for rank, record in enumerate(self.records):
             while record.completions:
-                completion = record.completions.popleft()
-                self.audit.completed(rank, completion, record.sign(completion))
+                self.audit.completed(rank, *record.told(record.completions.popleft()))
         for rank, record in enumerate(self.records):
             wants, withheld = self.audit.wants(rank)
             verdicts += withheld

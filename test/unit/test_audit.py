@@ -15,7 +15,7 @@ from mapreduce.wire.audit import MAX_ASKS, JobAudit, Want, Withheld
 from mapreduce.wire.messages import MAX_MESSAGE_BYTES
 from mapreduce.wire.openings import Part, encode_openings, split_openings
 from mapreduce.wire.peer_record import PeerRecord
-from mapreduce.wire.samples import SampleStore
+from mapreduce.wire.samples import SampleStore, take_sample
 from mapreduce.wire.terms import Terms
 from test.memory_job import MemoryJob
 
@@ -64,8 +64,7 @@ class Audited:
         told = 0
         for rank, record in enumerate(self.records):
             while record.completions:
-                completion = record.completions.popleft()
-                signature = record.sign(completion)
+                completion, signature = record.told(record.completions.popleft())
                 told += len(completion.content()) + len(signature)
                 self.audit.completed(rank, completion, signature)
         return told
@@ -128,8 +127,7 @@ def test_nothing_is_asked_of_a_rank_that_has_not_reported() -> None:
     trial = Audited(2, 1, 300_000, budget=1.0)
     trial.step()
     assert trial.audit.wants(0) == ([], [])
-    completion = trial.records[0].completions[0]
-    signature = trial.records[0].sign(completion)
+    completion, signature = trial.records[0].told(trial.records[0].completions[0])
     trial.audit.completed(0, completion, signature)
     trial.audit.completed(0, completion, signature)  # told again
     assert len(trial.audit.wants(0)[0]) == 1
@@ -181,6 +179,7 @@ def test_an_audit_ends_only_when_every_rank_has_opened() -> None:
             assert trial.audit.opened(rank, body) == []
         assert trial.audit.pending(0) == (rank < 2)
     assert trial.audit.audited_steps == 1
+    assert not trial.audit._steps  # nothing is kept of a step that is over
 
 
 def test_memory_of_an_audit_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,12 +188,80 @@ def test_memory_of_an_audit_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(6):
         trial.step()
     trial.tell()
-    steps = [want.step for want in trial.audit.wants(1)[0]]
-    assert steps == [3, 4, 5, 6]
+    assert len(trial.audit._steps) == 4
     monkeypatch.setattr(audit_module, "MAX_HELD_BYTES", 150_000)
+    for body in trial.bodies(1):
+        trial.audit.opened(1, body)
+    held = sum(step.held_bytes for step in trial.audit._steps.values())
+    assert held <= 150_000
+
+
+def test_a_rank_that_tells_of_steps_that_never_were_makes_room_among_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(audit_module, "MAX_OPEN_STEPS", 4)
+    trial = Audited(2, 1, 100_000, budget=1.0)
+    trial.step()
+    completion, _ = trial.records[1].told(trial.records[1].completions[0])
+    trial.tell()
+    sign = trial.job.peers[1].signatory.sign
+    for number in range(1000, 1020):
+        invented = replace(completion, step=number)
+        trial.audit.completed(1, invented, sign(invented.statement()))
+    for rank in range(2):
+        for body in trial.bodies(rank):
+            trial.audit.opened(rank, body)
+    assert trial.audit.audited_steps == 1
+
+
+def test_a_made_up_certificate_digest_blames_no_honest_rank() -> None:
+    trial = Audited(3, 1, 300_000, budget=1.0)
+    trial.step()
+    liar = trial.records[1]
+    completion, _ = liar.told(liar.completions.popleft())
+    made_up = replace(
+        completion, segments=(completion.segments[0]._replace(certificate=bytes([1] * 32)),)
+    )
+    trial.audit.completed(1, made_up, trial.job.peers[1].signatory.sign(made_up.statement()))
+    trial.tell()
+    for rank in (0, 2):
+        for body in trial.bodies(rank):
+            trial.audit.opened(rank, body)
+    for _ in range(MAX_ASKS + 2):
+        for rank in (0, 2):
+            assert trial.audit.wants(rank) == ([], [])
+    assert trial.audit.withheld == frozenset()
+
+
+def test_a_sample_that_had_to_make_room_is_not_promised() -> None:
+    trial = Audited(2, 1, 100_000, budget=1.0)
+    trial.step()
+    record = trial.records[0]
+    (completion,) = record.completions
+    assert completion.sampled == 0
+    record.drop(1)
+    said, signature = record.told(completion)
+    assert said.sampled is None
+    trial.audit.completed(0, said, signature)
+    assert trial.audit.wants(0) == ([], [])
+
+
+def test_ranks_that_go_by_different_commits_get_no_verdict_and_no_blame() -> None:
+    trial = Audited(2, 2, 600_000, budget=1.0)
+    trial.step()
+    other = trial.job.peers[1].step
+    assert other is not None
+    assert other.sample is not None
+    del other.trust.commits[0]  # the first miner's COMMIT did not reach the second rank
+    sample = take_sample(other, 1.0)
+    trial.tell()
     for body in trial.bodies(0):
-        trial.audit.opened(0, body)
-    assert trial.audit._held_bytes <= 250_000
+        assert trial.audit.opened(0, body) == []
+    if sample is not None and sample.segment == other.sample.segment:
+        for body in encode_openings(1, sample.segment, sample.evidence, sample.openings()):
+            assert trial.audit.opened(1, body) == []
+    assert trial.audit.audited_steps == 0
+    assert trial.audit.withheld == frozenset()
 
 
 def test_samples_are_kept_newest_first_within_their_bound() -> None:

@@ -192,6 +192,13 @@ def test_an_abort_fits_its_frame_whatever_the_ranks_said() -> None:
     again = Abort.decode(memoryview(body))
     assert 0 in again.differences["shape"]
     assert again.encode() == body  # a miner passes it on
+    long = Abort(code="fraud", message="é" * 10_000, proof=bytes(36_000))
+    body = long.encode()
+    assert len(body) <= MAX_BODY_BYTES
+    assert Abort.decode(memoryview(body)).proof == long.proof  # the message makes room for it
+    raw = json.dumps({**json.loads(body[1:]), "message": "é" * 8000}, ensure_ascii=False)
+    again = Abort.decode(memoryview(VERSION_PREFIX + raw.encode()))
+    assert len(again.encode()) <= MAX_BODY_BYTES  # what others wrote more tightly, too
 
 
 def test_headers_survive_the_wire_and_any_cut() -> None:
