@@ -140,7 +140,7 @@ class JobAudit:
             self._forget_oldest(lambda step: step.told_by == busiest)
 
     def _forget_if_over(self, number: int) -> None:
-        """Most steps end like this: all ranks agree, and the sample, if there was one, is judged."""
+        """Most steps end so: all ranks agree, and the sample, if there was one, is judged."""
         step = self._steps[number]
         told = step.completions.values()
         over = (
