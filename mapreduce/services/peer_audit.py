@@ -198,6 +198,8 @@ class PeerAudit:
             self._something.clear()
             try:
                 await self._contact()
+                while self._record.completions:  # small steps: more than one request holds
+                    await self._contact()
             except Refused as error:
                 _log.warning("the validator takes no completions", extra={"error": str(error)})
                 if error.code in FINAL_REFUSALS:

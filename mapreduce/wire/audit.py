@@ -69,8 +69,8 @@ Verdict = Proven | Withheld
 
 @dataclass(slots=True)
 class _Challenged:
-    """What one COMMIT of a step makes its ranks open, and what they have opened so far: the blocks
-    of their input, and of the output behind them."""
+    """What one seed of a step makes its ranks open, and what they have opened so far: the blocks of
+    their input, and of the output behind them."""
 
     said: Certificate
     signed: Signed
@@ -82,16 +82,17 @@ class _Challenged:
 class _Step:
     """What is known of one step, which the rank `told_by` told of first.
 
-    Ranks go by the COMMIT of the lowest segment. One that did not get it goes by another: then not
-    all open the same blocks, and the step ends without a verdict.
+    Ranks go by the COMMIT of the lowest segment. One that did not get it, or that has signed a
+    second nonce for it, comes to another seed: then not all open the same blocks, and the step ends
+    without a verdict.
     """
 
     told_by: int
     completions: dict[int, Completion] = field(default_factory=dict)
     certificates: dict[tuple[int, int], Signed] = field(default_factory=dict)  # rank, segment
     asked: dict[tuple[int, int], int] = field(default_factory=dict)
-    challenged: dict[int, _Challenged] = field(default_factory=dict)  # by segment of the commit
-    goes_by: dict[int, int] = field(default_factory=dict)  # rank -> segment of the commit
+    challenged: dict[bytes, _Challenged] = field(default_factory=dict)  # by seed
+    goes_by: dict[int, bytes] = field(default_factory=dict)  # rank -> seed
     done: set[int] = field(default_factory=set)  # ranks that need open no more
     judged: bool = False
 
@@ -291,10 +292,8 @@ class JobAudit:
             raise BadMessage("this step has nothing to open")
         assert part.certificate is not None
         made = _Challenged(said, part.certificate, chosen)
-        challenged = step.challenged.setdefault(part.commit_segment, made)
-        if (challenged.said, challenged.challenge) != (said, chosen):
-            raise BadMessage("other ranks show other certificates or nonces")
-        step.goes_by[rank] = part.commit_segment
+        step.goes_by[rank] = seed
+        challenged = step.challenged.setdefault(seed, made)
         challenged.opened[rank] = []  # a rank whose last attempt broke off begins again
 
     def _acks(self, part: Part, digest: bytes) -> tuple[Ack, ...]:
@@ -320,7 +319,7 @@ class JobAudit:
 
     def _take(self, step: _Step, rank: int, part: Part) -> list[Verdict]:
         """The next openings of a rank, each checked against the root that it belongs to."""
-        challenged = step.challenged.get(step.goes_by.get(rank, -1))
+        challenged = step.challenged.get(step.goes_by.get(rank, b""))
         if challenged is None or part.first != len(challenged.opened[rank]):
             raise BadMessage(f"opening {part.first} is not the next one")
         said, chosen = challenged.said, challenged.challenge

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from mapreduce.errors import InvalidArgument, MapReduceError
+from mapreduce.errors import InvalidArgument, MapReduceError, MinerFraud
 from mapreduce.local import LocalSubnet
 from mapreduce.net.auth import verify_signature
 from mapreduce.store.ledger import Ledger
+from mapreduce.verify import main as verify
 from mapreduce.wire.proofs import check_proof
 from test.liars import FAULTS
 
@@ -102,6 +103,25 @@ def test_a_lie_of_a_real_process_ends_in_its_verdict(fault: str, tmp_path: Path)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_lie_of_a_real_process_three_times(fault: str, run: int, tmp_path: Path) -> None:
     check(fault, tmp_path)
+
+
+def reduce_once(peer: Peer) -> None:
+    peer.all_reduce(np.full(COUNT, peer.rank, dtype=np.float32), op="sum")
+
+
+def test_a_lie_in_the_last_step_is_heard_when_the_job_is_left(tmp_path: Path) -> None:
+    with (
+        LocalSubnet(
+            1,
+            directory=tmp_path,
+            validator_flags=("--validator.audit_budget", "1"),
+            faults={"miner-1": "wrong_block"},
+        ) as subnet,
+        pytest.raises(MinerFraud, match="in step 1, segment 0: 4096 of 4096 elements") as caught,
+    ):
+        subnet.run(reduce_once, PEERS, proof_directory=tmp_path / "proofs")
+    assert caught.value.proof_path is not None
+    assert verify([caught.value.proof_path]) == 0  # as anyone may: python -m mapreduce.verify
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,12 @@ from mapreduce.core.reduce import ReduceOp
 from mapreduce.errors import BadMessage
 from mapreduce.wire import audit as audit_module
 from mapreduce.wire.audit import MAX_ASKS, JobAudit, Want, Withheld
+from mapreduce.wire.bodies import Commit, acks_from
 from mapreduce.wire.messages import MAX_MESSAGE_BYTES
 from mapreduce.wire.openings import Part, encode_openings, split_openings
 from mapreduce.wire.peer_record import PeerRecord
 from mapreduce.wire.samples import SampleStore, take_sample
+from mapreduce.wire.statements import Acknowledgement
 from mapreduce.wire.terms import Terms
 from test.memory_job import MemoryJob
 
@@ -261,6 +264,34 @@ def test_ranks_that_go_by_different_commits_get_no_verdict_and_no_blame() -> Non
         for body in encode_openings(1, sample.segment, sample.evidence, sample.openings()):
             assert trial.audit.opened(1, body) == []
     assert trial.audit.audited_steps == 0
+    assert trial.audit.withheld == frozenset()
+
+
+def test_a_second_nonce_of_a_lying_rank_keeps_no_honest_rank_from_opening() -> None:
+    trial = Audited(2, 1, 300_000, budget=1.0)
+    trial.step()
+    trial.tell()
+    liar = trial.job.peers[1]
+    honest = trial.bodies(0)
+    bodies = trial.bodies(1)
+    part = Part.decode(bodies[0])
+    first, own = acks_from(part.echoes)
+    said = Acknowledgement(
+        place=trial.job.parties.keys.place(1, 0),
+        rank=1,
+        segment_us=0,
+        nonce=bytes(32),
+        step_digest=own.step_digest,
+    )
+    forged = replace(
+        own, segment_us=0, nonce=bytes(32), signature=liar.signatory.sign(said.statement())
+    )
+    body = replace(part, echoes=Commit(acks=(first, forged)).echoes()).encode()
+    with contextlib.suppress(BadMessage):  # its blocks may be others than those it has
+        trial.audit.opened(1, body)
+    for body in honest:
+        assert trial.audit.opened(0, body) == []
+    assert trial.audit.wants(0) == ([], [])
     assert trial.audit.withheld == frozenset()
 
 

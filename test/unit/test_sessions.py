@@ -3,6 +3,7 @@ failure is named."""
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -88,6 +89,29 @@ def test_broadcast_to_ranks_that_know_nothing_and_to_ranks_that_pass_a_tensor(
         assert peer.step.tensor == TensorSpec(dtype=DType.FLOAT32, shape=(count,))
         if rank != root:
             assert bytes(job.results[rank]) == tensor.tobytes()
+
+
+@pytest.mark.parametrize("peers", [2, 3, 4, 5])
+def test_every_order_of_arrival_gives_the_same_bytes_and_the_same_root(peers: int) -> None:
+    """A1: in full, the uploads of all ranks in all orders, one whole upload after the other."""
+    tensors = gradients(peers, 9000, seed=peers)
+    tensors[0][:3] = np.array([1e-45, -0.0, np.inf], dtype=np.float32)
+    results, roots = set(), set()
+    for order in itertools.permutations(range(peers)):
+        job = MemoryJob(terms(peers, 1))
+        job.all_reduce(tensors, ReduceOp.SUM)
+        for rank in order:
+            while job._uploadable(rank):
+                job._peer_upload(rank)
+            if job.peers[rank]._control[0]:
+                job._peer_control((rank, 0))
+            while job.streams[rank, 0].to_miner:
+                job._deliver_to_miner((rank, 0))
+        job.run()
+        assert_reduced(job, tensors, ReduceOp.SUM)
+        results.update(bytes(result) for result in job.results if result is not None)
+        roots.update(p.step.trust.certificates[0].root for p in job.peers if p.step)
+    assert len(results) == len(roots) == 1
 
 
 def test_results_come_back_while_the_upload_is_still_running() -> None:
