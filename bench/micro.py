@@ -7,9 +7,6 @@ two threads are faster tells whether the interpreter's lock is dropped meanwhile
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib
-import importlib.util
 import statistics
 import threading
 import time
@@ -19,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+from blake3 import blake3
 
 from bench import floor
 from bench.lab import LOOPBACK
@@ -36,6 +34,7 @@ from bench.report import (
     write_json,
 )
 from mapreduce.core.dtypes import DType
+from mapreduce.core.hash_tree import RootHasher
 from mapreduce.core.reduce import ReduceOp, Reducer
 from mapreduce.wire.frames import FrameReader, Header, Kind
 
@@ -160,7 +159,7 @@ def framing(nbytes: int) -> Work:
 
 
 def hashing(algorithm: Callable[[memoryview], object]) -> Work:
-    """A digest of each block of RUN_BYTES."""
+    """A digest of each run of RUN_BYTES."""
     data = memoryview(bytes(WINDOW_BYTES))
     place = 0
 
@@ -173,16 +172,15 @@ def hashing(algorithm: Callable[[memoryview], object]) -> Work:
     return work
 
 
-def blake2b(run: memoryview) -> bytes:
-    return hashlib.blake2b(run, digest_size=32).digest()
+def tree(run: memoryview) -> bytes:
+    """What a step really does: BLAKE3 of blocks, and of pairs of digests up to the root."""
+    hasher = RootHasher()
+    hasher.add(run)
+    return hasher.root()
 
 
-def blake3() -> Callable[[memoryview], object] | None:
-    """The digest of a run, where the package is installed."""
-    if importlib.util.find_spec("blake3") is None:
-        return None
-    module = importlib.import_module("blake3")
-    return lambda run: module.blake3(run).digest()
+def blake3_digest(run: memoryview) -> bytes:
+    return blake3(run).digest()
 
 
 # The program ----------------------------------------------------------------------------------
@@ -199,12 +197,8 @@ def measure_all() -> list[Rate]:
         rate = rate_of("frame", f"frames of {size(nbytes)}", partial(framing, nbytes))
         print(f"    {rate.one_bytes_per_s / nbytes / 1e3:.0f} thousand frames a second")
         rates.append(rate)
-    rates.append(rate_of("hash", "blake2b", partial(hashing, blake2b)))
-    algorithm = blake3()
-    if algorithm is None:
-        print("blake3: not installed")
-    else:
-        rates.append(rate_of("hash", "blake3", partial(hashing, algorithm)))
+    rates.append(rate_of("hash", "blake3", partial(hashing, blake3_digest)))
+    rates.append(rate_of("hash", "hash tree of 16 KiB blocks", partial(hashing, tree)))
     return rates
 
 
