@@ -273,7 +273,7 @@ class ResultDisputed(IntegrityError):
 
     `uid` and `hotkey` name the miner, `rank` (from 1) who disagrees with it. `reject` is the
     miner's signed word that it received other bytes than the rank sent, empty if that is not the
-    matter.
+    matter. `own`: this rank has seen it itself, and was not told.
     """
 
     def __init__(
@@ -286,6 +286,7 @@ class ResultDisputed(IntegrityError):
         step: int,
         segment: int,
         reject: bytes = b"",
+        own: bool = False,
     ) -> None:
         super().__init__(
             f"step {step}, segment {segment}: miner uid {uid} ({hotkey}) and rank {rank} disagree: "
@@ -298,6 +299,7 @@ class ResultDisputed(IntegrityError):
         self.hotkey = hotkey
         self.rank = rank
         self.reject = reject
+        self.own = own
 
 
 class CertificateConflict(IntegrityError):

@@ -331,7 +331,8 @@ class Peer:
         memory, own = as_bytes(tensor)
 
         def allocate(nbytes: int) -> Target:
-            return Target(memory, self._undo_buffer(nbytes) if own else None)
+            # Also what goes into a copy is kept: the step's samples are of the input.
+            return Target(memory, self._undo_buffer(nbytes) if own or contribute else None)
 
         self._run(op, spec, memory if contribute else None, allocate, timeout, root=root)
         if own:

@@ -91,6 +91,8 @@ async def call(
     else:
         body = encode_message(message)
     headers = sign_request(key, method=method, path=path, body=body, receiver=remote.hotkey)
+    if http.closed:
+        raise Unavailable(f"{remote} is not asked any more: this side is closing")
     try:
         async with (
             asyncio.timeout(timeout_s),

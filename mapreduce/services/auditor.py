@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from mapreduce.core.attribution import Flags, flagged
 from mapreduce.errors import BadMessage, Refused
 from mapreduce.net.server import BODY, CALLER, json_response
 from mapreduce.services.grants import job_keys
-from mapreduce.wire.audit import JobAudit, Proven, Withheld
+from mapreduce.wire.audit import JobAudit, Proven, Verdict, Withheld
 from mapreduce.wire.messages import (
     Accepted,
     AuditAnswer,
@@ -46,11 +46,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from mapreduce.store.ledger import Ledger
-    from mapreduce.wire.audit import Verdict
 
 MAX_LIVE_AUDITS = 64
 BAN_S = 7 * 86400.0  # after a proven lie (trust.md, section 9)
 DISPUTE_WINDOW_S = 86400.0
+MAX_DISPUTES = 64  # that one rank of a job can have kept: only distinct pairs count anyway
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +63,8 @@ class _Job:
     grant: Grant
     audit: JobAudit
     proofs: list[str] = field(default_factory=list)
+    unkept: deque[Verdict] = field(default_factory=deque)
+    disputes: Counter[int] = field(default_factory=Counter)  # by the rank that reported them
 
 
 class Auditor:
@@ -88,17 +90,13 @@ class Auditor:
         """Hotkeys of miners that were proven to lie in the last days, with a proof's id."""
         return self._ledger.banned(time.time(), BAN_S)
 
-    def excluded(self, job: str) -> frozenset[int]:
-        """Ranks (indexes) that have not shown what they must be able to show."""
-        live = self._jobs.get(job)
-        return frozenset() if live is None else live.audit.withheld
+    def excluded(self, job: str) -> list[str]:
+        """What ranks of the job have not shown though they must be able to, in words."""
+        return sorted({entry.what for entry in self._ledger.unavailable() if entry.job == job})
 
     def flags(self) -> Flags:
         """Whom the disputes of the last day speak against, without a proof."""
-        disputes = [
-            (entry.peer, entry.miner)
-            for entry in self._ledger.disputes(time.time() - DISPUTE_WINDOW_S)
-        ]
+        disputes = self._ledger.disputed(time.time() - DISPUTE_WINDOW_S)
         peers, miners = {peer for peer, _ in disputes}, {miner for _, miner in disputes}
         for live in self._jobs.values():
             peers.update(member.hotkey for member in live.granted.members)
@@ -138,6 +136,9 @@ class Auditor:
             job.audit.completed(rank, completion, bytes.fromhex(given.signature))
         for dispute in batch.disputes:
             job.audit.check_dispute(rank, dispute)
+            job.disputes[rank] += 1
+            if job.disputes[rank] > MAX_DISPUTES:
+                continue
             peer = job.granted.members[dispute.rank].hotkey
             miner = job.grant.miners[dispute.segment]
             _log.warning(
@@ -203,11 +204,16 @@ class Auditor:
     # Verdicts -----------------------------------------------------------------------------------
 
     def _keep(self, job: _Job, verdicts: Iterable[Verdict]) -> None:
-        for verdict in verdicts:
+        """Keeps the verdicts, and any that could not be kept before. Raises LocalError if that
+        fails: they are tried again with the next request."""
+        job.unkept.extend(verdicts)
+        while job.unkept:
+            verdict = job.unkept[0]
             if isinstance(verdict, Withheld):
                 self._withheld(job, verdict)
             else:
                 self._proven(job, verdict.claim)
+            job.unkept.popleft()
 
     def _withheld(self, job: _Job, verdict: Withheld) -> None:
         hotkey = job.granted.members[verdict.rank].hotkey
@@ -221,7 +227,7 @@ class Auditor:
             job=job.grant.job,
             step=verdict.step,
             segment=verdict.segment,
-            what="opening withheld",
+            what=f"rank {verdict.rank + 1} withheld its openings",
             now=time.time(),
         )
 

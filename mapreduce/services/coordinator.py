@@ -368,12 +368,9 @@ class Coordinator:
 
     async def _renew(self, request: web.Request) -> web.Response:
         grant, _ = self._own_grant(request, decode_message(SignedGrant, request[BODY]))
-        if excluded := self._auditor.excluded(grant.job):
-            names = ", ".join(str(rank + 1) for rank in sorted(excluded))
+        if withheld := self._auditor.excluded(grant.job):
             raise Refused(
-                f"the job ends: rank {names} did not show the samples that it was asked for",
-                code="excluded",
-                status=403,
+                f"the job ends: {'; '.join(withheld)}, three times", code="excluded", status=403
             )
         now = time.time()
         if grant.expires_at < now:

@@ -47,24 +47,28 @@ class AcceptedGrants:
     """The jobs that a miner has accepted, so that none is accepted twice: a validator that offered
     a job again could make an honest miner sign two results of one step, which is a fraud proof.
 
-    Of jobs before this process nothing is known, so a grant must be younger than it.
+    Of jobs before this process nothing is known. So a grant must be younger than it, and by what a
+    grant may be ahead of the clock: one before may have accepted it that much earlier.
     """
 
     def __init__(self, started_at: float) -> None:
-        self._started_at = started_at
+        self._oldest = started_at + MAX_GRANT_AHEAD_S
+        self._now = started_at
         self._expiry: dict[str, float] = {}
 
     def add(self, grant: Grant, now: float) -> None:
         """Takes note of a job; all times are seconds of the Unix epoch. Raises Refused for a job
         that was accepted before, or may have been."""
+        now = self._now = max(self._now, now)  # a clock that is set back brings no job back
         self._expiry = {job: at for job, at in self._expiry.items() if at > now}
         if grant.job in self._expiry:
             raise Refused(f"job {grant.job} was accepted already", code="duplicate_job")
-        if grant.created_at < self._started_at or grant.created_at > now + MAX_GRANT_AHEAD_S:
+        made_in_time = self._oldest <= grant.created_at <= now + MAX_GRANT_AHEAD_S
+        if not made_in_time or grant.expires_at <= now:
             raise Refused(
-                f"the grant was made {now - grant.created_at:.1f} s ago by this clock, and this "
-                f"miner started {now - self._started_at:.1f} s ago: only grants made since then "
-                "are accepted; set the clocks (NTP) or offer again",
+                f"the grant was made {now - grant.created_at:.1f} s ago by this clock; this miner "
+                f"accepts what was made in the last {now - self._oldest:.1f} s, since it started, "
+                f"and at most {MAX_GRANT_AHEAD_S:g} s ahead; set the clocks (NTP) or offer again",
                 code="stale_grant",
             )
         self._expiry[grant.job] = grant.expires_at

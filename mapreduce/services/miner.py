@@ -5,9 +5,12 @@ Knows routes, admission and shutdown.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from typing import TYPE_CHECKING
+
+import psutil  # type: ignore[import-untyped]  # ships no types
 
 from mapreduce import __version__
 from mapreduce.config import available_memory_bytes
@@ -16,7 +19,7 @@ from mapreduce.errors import BadMessage, Refused
 from mapreduce.net.auth import Verifier, signer
 from mapreduce.net.server import BODY, CALLER, json_response, make_app
 from mapreduce.net.stream import is_upgrade
-from mapreduce.services.grants import AcceptedGrants, read_grant
+from mapreduce.services.grants import MAX_GRANT_AHEAD_S, AcceptedGrants, read_grant
 from mapreduce.services.miner_job import MinerJob
 from mapreduce.services.neuron import Directory, Neuron
 from mapreduce.wire.messages import (
@@ -37,15 +40,22 @@ _log = logging.getLogger(__name__)
 
 
 class Miner:
-    """The routes and the jobs of one miner. `directory` says who is a validator."""
+    """The routes and the jobs of one miner. `directory` says who is a validator; `started_at`,
+    seconds of the Unix epoch, is since when this miner knows what it has accepted."""
 
     def __init__(
-        self, key: Keypair, directory: Directory, *, max_jobs: int, memory_limit_bytes: int
+        self,
+        key: Keypair,
+        directory: Directory,
+        *,
+        max_jobs: int,
+        memory_limit_bytes: int,
+        started_at: float,
     ) -> None:
         self.hotkey: str = key.ss58_address
         self.jobs: dict[str, MinerJob] = {}
         self._sign = signer(key)
-        self._accepted = AcceptedGrants(time.time())
+        self._accepted = AcceptedGrants(started_at)
         self._directory = directory
         self._max_jobs = max_jobs
         self._memory_limit_bytes = memory_limit_bytes
@@ -195,6 +205,7 @@ async def run_miner(config: MinerConfig) -> None:
     Raises LocalError or Unavailable if it cannot start.
     """
     check_subnormals()
+    started_at = psutil.Process().create_time()
     async with Neuron.open(config.chain, config.wallet, "miner") as neuron:
         uid = await neuron.require_uid()
         directory = Directory(neuron.client, config.chain.netuid)
@@ -203,7 +214,10 @@ async def run_miner(config: MinerConfig) -> None:
             directory,
             max_jobs=config.max_jobs,
             memory_limit_bytes=config.memory_limit_bytes,
+            started_at=started_at,
         )
+        # No job could be accepted before; most of it has passed with imports and the chain.
+        await asyncio.sleep(max(0.0, started_at + MAX_GRANT_AHEAD_S - time.time()))
         app = make_app(Verifier(neuron.hotkey), neuron.not_ready)
         miner.add_routes(app)
         await neuron.serve(app, config.axon, uid)

@@ -9,6 +9,7 @@ waits for it, unless the ranks were shown different results.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import tempfile
@@ -25,7 +26,6 @@ from mapreduce.errors import (
     Refused,
     ResultDisputed,
 )
-from mapreduce.net.auth import verify_signature
 from mapreduce.net.client import call
 from mapreduce.wire.aborts import fraud_of
 from mapreduce.wire.messages import (
@@ -40,7 +40,8 @@ from mapreduce.wire.peer_record import PeerRecord
 from mapreduce.wire.proofs import (
     MAX_PROOF_BYTES,
     ProofInvalid,
-    check_proof,
+    check_claim,
+    claim_of_job,
     decode_claim,
     encode_proof,
 )
@@ -66,7 +67,7 @@ MAX_BATCHED_COMPLETIONS = 256
 # It will not want to hear it later either; others pass, as when it is shutting down.
 FINAL_REFUSALS = frozenset({"no_such_job", "not_in_job", "bad_message"})
 MAX_POLLS = 20  # then other ranks do not seem to tell their part
-MAX_BATCHED_DISPUTES = 64
+MAX_BATCHED_DISPUTES = 8
 
 _log = logging.getLogger(__name__)
 
@@ -99,6 +100,8 @@ class PeerAudit:
         self._reported: set[int] = set()  # steps of which the validator may still want to see more
         self._known: set[str] = set()  # proofs that the validator has told of
         self._polls_left = 0  # contacts to learn of verdicts that are still to come
+        self._failures = 0
+        self._hurry = asyncio.Event()
         self._something = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._contacting = asyncio.Lock()
@@ -114,17 +117,13 @@ class PeerAudit:
         self._task.cancel()
         await asyncio.wait([self._task])
         self._task = None
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_CONTACT_S):
-                while self._pending:
-                    await self._contact()
+                while self._pending and await self._try_contact():
                     if self._polls_left:
                         await asyncio.sleep(POLL_S)
-        except (TimeoutError, MapReduceError) as error:
-            _log.warning(
-                "the validator did not hear how the last steps went",
-                extra={"error": str(error) or f"no answer in {LAST_CONTACT_S:g} s"},
-            )
+        if self._record.completions:
+            _log.warning("the validator did not hear how the last steps went")
 
     # What happens ---------------------------------------------------------------------------------
 
@@ -141,7 +140,7 @@ class PeerAudit:
             self._dispute(error)
         if isinstance(error, CertificateConflict):
             # The miner's two certificates are a proof; the validator gets to see both.
-            error = await self.known_fraud(CONFLICT_S) or error
+            return await self.known_fraud(CONFLICT_S) or error
         if error.proof and error.proof_path is None:
             claim = decode_claim(error.proof)
             data = encode_proof(self._signed.grant, self._signed.signature, claim)
@@ -151,8 +150,8 @@ class PeerAudit:
         return error
 
     def _dispute(self, error: ResultDisputed) -> None:
-        """Of other ranks only what the miner has signed can be told."""
-        if error.rank != self._signatory.rank + 1 and not error.reject:
+        """Only what this rank has seen itself, or what the miner has signed, can be told."""
+        if not error.own and not error.reject:
             return
         assert error.segment is not None
         self._disputes.append(
@@ -160,7 +159,7 @@ class PeerAudit:
                 step=error.step,
                 segment=error.segment,
                 rank=error.rank - 1,
-                what=str(error)[:1024],
+                what=error.what[:256],
                 reject=error.reject.hex(),
             )
         )
@@ -168,14 +167,13 @@ class PeerAudit:
 
     async def known_fraud(self, within_s: float) -> IntegrityError | None:
         """A lie in this job that the validator knows of, or learns of within this time."""
-        try:
+        failures = self._failures
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                while self.fraud is None:
-                    await self._contact()
+                while self.fraud is None and self._failures == failures:
+                    self._something.set()
+                    self._hurry.set()
                     await asyncio.sleep(POLL_S)
-        except (TimeoutError, MapReduceError) as error:
-            if not isinstance(error, TimeoutError):
-                _log.warning("no contact to the validator", extra={"error": str(error)})
         return self.fraud
 
     def _save(self, error: IntegrityError, data: bytes) -> None:
@@ -183,6 +181,8 @@ class PeerAudit:
             error.saved(str(save_proof(self._directory, data)))
         except OSError as failure:
             error.not_saved(f"{self._directory}: {failure.strerror or failure}")
+        except RuntimeError as failure:  # there is no home directory
+            error.not_saved(f"{self._directory}: {failure}")
 
     # Contacts -------------------------------------------------------------------------------------
 
@@ -194,20 +194,32 @@ class PeerAudit:
     async def _run(self) -> None:
         while True:
             await self._something.wait()
-            await asyncio.sleep(CONTACT_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CONTACT_S):
+                    await self._hurry.wait()
+            self._hurry.clear()
             self._something.clear()
-            try:
-                await self._contact()
-                while self._record.completions:  # small steps: more than one request holds
-                    await self._contact()
-            except Refused as error:
-                _log.warning("the validator takes no completions", extra={"error": str(error)})
-                if error.code in FINAL_REFUSALS:
-                    self._forget()
-            except MapReduceError as error:
-                _log.info("no contact to the validator", extra={"error": str(error)})
+            await self._try_contact()
             if self._pending:
                 self._something.set()
+
+    async def _try_contact(self) -> bool:
+        """Says all that there is to say; whether that worked."""
+        try:
+            await self._contact()
+            while self._record.completions:  # small steps: more than one request holds
+                await self._contact()
+            return True
+        except Refused as error:
+            _log.warning("the validator takes no completions", extra={"error": str(error)})
+            if error.code in FINAL_REFUSALS:
+                self._forget()
+        except MapReduceError as error:
+            _log.info("no contact to the validator", extra={"error": str(error)})
+        except Exception:  # the top of this task: training goes on, whatever is wrong here
+            _log.exception("contact to the validator failed")
+        self._failures += 1
+        return False
 
     def _forget(self) -> None:
         self._record.completions.clear()
@@ -240,8 +252,7 @@ class PeerAudit:
                 self._record.completions.popleft()
             del self._disputes[: len(disputes)]
             for want in answer.wants:
-                for body in self._shown(want):
-                    await self._call("POST", f"{path}/openings", body, Accepted)
+                await self._show(want, f"{path}/openings")
             self._drop_reported()
             self._polls_left = max(0, self._polls_left - 1) if answer.pending else 0
             for proof in answer.proofs:
@@ -263,20 +274,27 @@ class PeerAudit:
             batch.append((completion.step, message))
         return batch
 
-    def _shown(self, want: WantedOpenings) -> list[bytes]:
-        if want.openings:
-            return self._record.openings(want.step, want.segment)
-        return self._record.certificate(want.step, want.segment)
+    async def _show(self, want: WantedOpenings, path: str) -> None:
+        shown = self._record.openings if want.openings else self._record.certificate
+        try:
+            for body in shown(want.step, want.segment):
+                await self._call("POST", path, body, Accepted)
+        except Refused as error:
+            if error.code != "bad_message":
+                raise
+            _log.warning(
+                "the validator does not take what it asked for",
+                extra={"step": want.step, "segment": want.segment, "error": str(error)},
+            )
 
     async def _fetch(self, path: str) -> None:
         """A lie in this job is proven: checks it, files it, and stops the job."""
         data = await self._call("GET", path, None, bytes, MAX_PROOF_BYTES)
         try:
-            grant, finding = check_proof(data, verify_signature)
+            claim = claim_of_job(data, self._signed.grant, self._signed.signature)
+            finding = check_claim(claim, self._signatory.keys)
         except ProofInvalid as error:
             raise BadMessage(f"a proof that proves nothing: {error}") from None
-        if grant.job != self._job:
-            raise BadMessage("a proof of another job")
         fraud = fraud_of(finding, data)
         if self.fraud is None:
             self._save(fraud, data)

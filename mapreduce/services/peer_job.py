@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mapreduce.errors import (
     BadMessage,
+    CertificateConflict,
     IntegrityError,
     JobClosed,
     MapReduceError,
@@ -156,8 +157,10 @@ class PeerJob:
             await asyncio.wait([stream.closed for stream in streams], timeout=5.0)
         for response in self._responses:
             response.close()
-        await self.audit.close()
-        await self._http.close()
+        try:
+            await self.audit.close()
+        finally:
+            await self._http.close()
 
     def _leave(self, reason: str) -> None:
         """Tells every miner, which tells every rank, that this peer takes part in no more steps."""
@@ -223,11 +226,15 @@ class PeerJob:
     @property
     def unheard_fraud(self) -> IntegrityError | None:
         """A lie that the validator has proven and that no collective has raised."""
-        known = self.audit.fraud
+        known = self.audit.fraud or self.session.fraud
         return None if self._heard_of_fraud else known
 
     async def _explained(self, error: MapReduceError) -> MapReduceError:
         """Why the step failed, with the evidence filed; a rank may have left because of a lie."""
+        if isinstance(error, CertificateConflict):
+            # Other ranks may have committed it, and cut the next step by what it took.
+            self._leave(str(error))
+            self.session.fraud = error
         if isinstance(error, IntegrityError):
             error = await self.audit.accuse(error)
         elif isinstance(error, PeerLost) and not self._closing:

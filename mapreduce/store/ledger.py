@@ -204,6 +204,13 @@ class Ledger:
             for peer, miner, rest in self._entries("unattributed", since)
         ]
 
+    def disputed(self, since: float) -> list[tuple[str, str]]:
+        """The pairs (peer, miner) that have had a dispute from `since` on."""
+        return self._execute(
+            "SELECT DISTINCT peer, miner FROM entries WHERE ledger = 'unattributed' AND at >= ?",
+            (since,),
+        )
+
     # Jobs ----------------------------------------------------------------------------------------
 
     def add_job(self, job: str, data: str, now: float) -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mapreduce.wire.messages import Dispute
 
 MAX_ASKS = 3  # then a rank that does not open is given up on
+MAX_WANTS = 256  # in one answer, openings first
 MAX_OPEN_STEPS = 1024  # of one job; then the oldest audit ends without a verdict
 MAX_HELD_BYTES = 128 << 20  # of one job's openings; likewise
 
@@ -117,6 +118,7 @@ class JobAudit:
         self._ranks = len(keys.session_keys)
         self._steps: OrderedDict[int, _Step] = OrderedDict()
         self._withheld: set[int] = set()
+        self._progress: set[int] = set()  # ranks that have opened a sample since they were asked
 
     @property
     def withheld(self) -> frozenset[int]:
@@ -168,16 +170,20 @@ class JobAudit:
         """What to ask the rank for now, and what follows from having asked in vain before."""
         wants: list[Want] = []
         verdicts: list[Verdict] = []
-        for number, step in self._steps.items():
-            for want in self._wants_of(step, number, rank):
-                key = (rank, want.segment)
-                step.asked[key] = step.asked.get(key, 0) + 1
-                if step.asked[key] <= MAX_ASKS:
-                    wants.append(want)
-                elif want.openings:
-                    self._withheld.add(rank)
-                    step.done.add(rank)
-                    verdicts.append(Withheld(rank, number, want.segment))
+        # Who gets on, however slowly, is not asked in vain.
+        in_vain = rank not in self._progress
+        self._progress.discard(rank)
+        due = [w for n, step in self._steps.items() for w in self._wants_of(step, n, rank)]
+        for want in sorted(due, key=lambda want: not want.openings)[:MAX_WANTS]:
+            step = self._steps[want.step]
+            asked = step.asked.get((rank, want.segment), 0)
+            if asked < MAX_ASKS:
+                step.asked[rank, want.segment] = asked + (in_vain or not asked)
+                wants.append(want)
+            elif want.openings and in_vain:
+                self._withheld.add(rank)
+                step.done.add(rank)
+                verdicts.append(Withheld(rank, want.step, want.segment))
         return wants, verdicts
 
     def pending(self, rank: int) -> bool:
@@ -341,6 +347,7 @@ class JobAudit:
         if len(opened) < len(numbers):
             return []
         step.done.add(rank)
+        self._progress.add(rank)
         return self._judge(step, challenged)
 
     def _judge(self, step: _Step, challenged: _Challenged) -> list[Verdict]:

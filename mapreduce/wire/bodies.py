@@ -275,11 +275,11 @@ class Abort:
         _check_version("ABORT", body, 1)
         try:
             document = json.loads(bytes(body[1:]))
-            code, message = document["code"], document["message"]
+            code, message = str(document["code"]), printable(str(document["message"]))
             rank, miner = document["rank"], document["miner"]
             differences = {
-                str(field_name)[:MAX_NAME_CHARS]: {
-                    int(rank): str(value) for rank, value in by_rank.items()
+                printable(str(field_name))[:MAX_NAME_CHARS]: {
+                    int(rank): printable(str(value)) for rank, value in by_rank.items()
                 }
                 for field_name, by_rank in document["differences"].items()
             }
@@ -287,7 +287,7 @@ class Abort:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BadFrame(f"ABORT body cannot be read: {error!r}") from None
         integers = all(value is None or type(value) is int for value in (rank, miner))
-        if code not in cls.CODES or not isinstance(message, str) or not integers:
+        if code not in cls.CODES or not integers:
             raise BadFrame(f"ABORT body has impossible values: code {code!r}")
         return cls(
             code=code,
@@ -332,5 +332,9 @@ def encode_text(text: str) -> bytes:
 def decode_text(kind: str, body: memoryview) -> str:
     """The reason in a GOODBYE; printable characters only, since it ends in logs."""
     _check_version(kind, body, 1)
-    text = bytes(body[1 : 1 + MAX_TEXT_BYTES]).decode(errors="replace")
+    return printable(bytes(body[1 : 1 + MAX_TEXT_BYTES]).decode(errors="replace"))
+
+
+def printable(text: str) -> str:
+    """What a stranger wrote, without what drives terminals or cannot be encoded."""
     return "".join(character if character.isprintable() else " " for character in text)

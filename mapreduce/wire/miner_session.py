@@ -17,6 +17,7 @@ numbers here grow but may skip.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
     from mapreduce.wire.keys import JobKeys
     from mapreduce.wire.terms import Terms
 
-MAX_REMEMBERED_ABORTS = 1024
+MAX_REMEMBERED_ABORTS = 128
+MAX_WAITING_FRAMES = 1024  # control frames for a rank that does not read them
+MAX_WAITING_FOR_PING = 64
 _SCRATCH_BYTES = 256 * 1024
 
 
@@ -187,6 +190,9 @@ class MinerSession:
 
     def frame_received(self, rank: int, header: Header, body: memoryview) -> None:
         """A whole frame of this rank has arrived."""
+        waiting = len(self._streams[rank].control)
+        if waiting > MAX_WAITING_FRAMES:
+            raise BadFrame(f"{waiting} frames wait for a rank that sends and does not read")
         match header.kind:
             case Kind.DATA:
                 step = self._live_step(rank, header)
@@ -201,7 +207,7 @@ class MinerSession:
             case Kind.ABORT:
                 self._aborted_by(rank, header, Abort.decode(body))
             case Kind.PING:
-                if not header.flags & REPLY:
+                if not header.flags & REPLY and waiting < MAX_WAITING_FOR_PING:
                     self._pinged(rank)
             case Kind.GOODBYE:
                 self.detach(rank, decode_text("GOODBYE", body) or "it left the job")
@@ -430,6 +436,8 @@ class MinerSession:
         if abort.code == "mismatch":
             # Found by the step's anchor: every other miner passes on what it said.
             relayed = Abort(code="mismatch", message=abort.message, differences=abort.differences)
+        elif abort.code == "dispute" and not self.trust.rejected(abort, header.step):
+            relayed = replace(abort, rank=rank)  # nobody speaks for another
         elif abort.code in {"peer_lost", "dispute", "fraud"}:
             relayed = abort
         self._abort(step, relayed)

@@ -13,6 +13,7 @@ from mapreduce.core.hash_tree import DIGEST_BYTES
 from mapreduce.errors import BadFrame
 from mapreduce.wire.bodies import (
     VERSION_PREFIX,
+    Abort,
     Ack,
     Commit,
     Open,
@@ -95,6 +96,15 @@ class MinerTrust:
         statement = self._upload(Reject, step, rank, root)
         signature = self._sign(statement)
         return with_signature(VERSION_PREFIX + root, signature), statement + signature
+
+    def rejected(self, abort: Abort, step: int) -> bool:
+        """Whether a dispute shows the signed reject that it is about."""
+        ranks, miners = range(len(self._keys.session_keys)), range(len(self._keys.miners))
+        if abort.rank not in ranks or abort.miner not in miners:
+            return False
+        assert abort.rank is not None
+        assert abort.miner is not None
+        return self._keys.rejected(abort.proof, step, abort.miner, abort.rank)
 
     def certificate_body(self, step: MinerStep) -> bytes:
         certificate = step.certificate(self._place(step.number))

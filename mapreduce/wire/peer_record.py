@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 MAX_QUEUED = 4096  # completions; the oldest go
 MAX_FAILED_STEPS = 16  # whose certificates are kept
-MAX_SEGMENT_US = (1 << 32) - 1
 
 
 class PeerRecord:
@@ -48,7 +47,7 @@ class PeerRecord:
     def told(self, completion: Completion) -> tuple[Completion, bytes]:
         """The completion as it is told now, and the rank's signature. Its sample may have had to
         make room by now; and nobody waits here, as a caller does while its step ends."""
-        if completion.sampled is not None and self._samples.get(completion.step) is None:
+        if completion.sampled is not None and not self._samples.promise(completion.step):
             completion = replace(completion, sampled=None)
         return completion, self._signatory.sign(completion.statement())
 
@@ -75,7 +74,7 @@ class PeerRecord:
                 SegmentOutcome(
                     digests.get(segment.index, NO_ROOT),
                     segment.length,
-                    min(step.segment_us[segment.index], MAX_SEGMENT_US),
+                    step.segment_us[segment.index],
                 )
                 for segment in step.segments
             ),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mapreduce.core.partition import MIN_SEGMENT_BYTES, rebalance
-from mapreduce.wire.bodies import Abort, Progress, TensorSpec
+from mapreduce.wire.bodies import MAX_SEGMENT_US, Abort, Progress, TensorSpec
 from mapreduce.wire.schedule import Upload
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Step:
         """A result (or release) of this segment has come."""
         if self.first_result_at is None:
             self.first_result_at = now
-        self.segment_us[miner] = int((now - self.first_result_at) * 1e6)
+        self.segment_us[miner] = min(int((now - self.first_result_at) * 1e6), MAX_SEGMENT_US)
 
     def fail(self, error: MapReduceError) -> None:
         """Ends the step; the target holds again what it held before."""

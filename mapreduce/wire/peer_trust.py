@@ -294,4 +294,5 @@ class StepTrust:
             step=self.step,
             segment=miner,
             reject=reject,
+            own=True,
         )

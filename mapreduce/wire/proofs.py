@@ -139,9 +139,21 @@ def encode_claim(claim: Claim) -> bytes:
 def encode_proof(grant: str, signature: str, claim: Claim) -> bytes:
     """A proof as it is filed: the grant as its validator signed it (`SignedGrant`), and the
     claim."""
+    return _head(grant, signature) + encode_claim(claim)
+
+
+def claim_of_job(data: bytes, grant: str, signature: str) -> Claim:
+    """The claim in a proof of the job with this grant. Raises ProofInvalid: it is of another one,
+    or its claim cannot be read."""
+    head = _head(grant, signature)
+    if not data.startswith(head):
+        raise ProofInvalid("it is of another job")
+    return decode_claim(data[len(head) :])
+
+
+def _head(grant: str, signature: str) -> bytes:
     text = grant.encode()
-    head = _MAGIC + _LENGTH.pack(len(text)) + text + bytes.fromhex(signature)
-    return head + encode_claim(claim)
+    return _MAGIC + _LENGTH.pack(len(text)) + text + bytes.fromhex(signature)
 
 
 class _Reader:

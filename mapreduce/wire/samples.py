@@ -116,11 +116,13 @@ def _copy(memory: memoryview, blocks: tuple[int, ...], nbytes: int) -> tuple[byt
 
 
 class SampleStore:
-    """The samples of the last steps, the newest first to be kept, within `max_bytes`."""
+    """The samples of the last steps, the newest first to be kept, within `max_bytes`; those that
+    the validator was told of stay until they are dropped."""
 
     def __init__(self, max_bytes: int = MAX_KEPT_BYTES) -> None:
         self._max_bytes = max_bytes
         self._samples: OrderedDict[int, Sample] = OrderedDict()
+        self._promised: set[int] = set()
         self.kept_bytes = 0
 
     def add(self, sample: Sample) -> None:
@@ -128,7 +130,14 @@ class SampleStore:
         self._samples[sample.step] = sample
         self.kept_bytes += sample.kept_bytes
         while self.kept_bytes > self._max_bytes:
-            self.drop(next(iter(self._samples)))
+            self.drop(next(step for step in self._samples if step not in self._promised))
+
+    def promise(self, step: int) -> bool:
+        """Keeps the sample of a step until it is dropped; False if it has had to make room."""
+        if step not in self._samples:
+            return False
+        self._promised.add(step)
+        return True
 
     def get(self, step: int) -> Sample | None:
         """The sample of a step, None if none is kept."""
@@ -136,6 +145,7 @@ class SampleStore:
 
     def drop(self, step: int) -> None:
         """Forgets the step."""
+        self._promised.discard(step)
         sample = self._samples.pop(step, None)
         if sample is not None:
             self.kept_bytes -= sample.kept_bytes

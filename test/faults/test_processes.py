@@ -124,6 +124,24 @@ def test_a_lie_in_the_last_step_is_heard_when_the_job_is_left(tmp_path: Path) ->
     assert verify([caught.value.proof_path]) == 0  # as anyone may: python -m mapreduce.verify
 
 
+def reduce_strided(peer: Peer) -> bool:
+    for _ in range(3):
+        tensor = np.full((COUNT, 2), peer.rank, dtype=np.float32)[:, ::2]  # goes through a copy
+        peer.all_reduce(tensor, op="sum")
+    return bool((tensor == 3).all())
+
+
+def test_a_tensor_that_goes_through_a_copy_is_sampled_as_it_went_in(tmp_path: Path) -> None:
+    flags = ("--validator.audit_budget", "1")
+    with LocalSubnet(1, directory=tmp_path, validator_flags=flags) as subnet:
+        assert subnet.run(reduce_strided, PEERS) == [True, True]
+        state = subnet.state_path
+    with Ledger.open(state) as ledger:
+        assert not ledger.proofs()
+        assert not ledger.unavailable()
+    assert "does not take" not in (tmp_path / "validator.log").read_text()
+
+
 @pytest.mark.parametrize(
     ("faults", "says"),
     [

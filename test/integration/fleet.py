@@ -27,7 +27,7 @@ from mapreduce.net.client import Remote, make_http_session
 from mapreduce.net.server import VERSION_HEADER, make_app, start_server
 from mapreduce.services.auditor import Auditor
 from mapreduce.services.coordinator import Coordinator, Limits
-from mapreduce.services.grants import sign_grant
+from mapreduce.services.grants import MAX_GRANT_AHEAD_S, sign_grant
 from mapreduce.services.joining import open_job
 from mapreduce.services.miner import Miner
 from mapreduce.store.ledger import Ledger
@@ -176,7 +176,8 @@ class Fleet:
     async def add_miner(self, **options: int) -> MinerNode:
         key = new_hotkey()
         limits = {"max_jobs": self._max_jobs, "memory_limit_bytes": self._memory_limit_bytes}
-        miner = Miner(key, self.directory, **(limits | options))
+        started_at = time.time() - MAX_GRANT_AHEAD_S  # it takes jobs at once
+        miner = Miner(key, self.directory, started_at=started_at, **(limits | options))
         app = make_app(Verifier(key.ss58_address), lambda: None)
         miner.add_routes(app)
         runner = await start_server(app, "127.0.0.1", 0)

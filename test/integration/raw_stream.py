@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 
 class RawStream:
-    """A stream whose peer says what a test wants it to say."""
+    """A stream whose peer says what a test wants it to say, signed with `key` where it must be."""
+
+    key: Keypair
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -39,6 +41,7 @@ class RawStream:
         headers[VERSION_HEADER] = __version__
         lines = [f"GET {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
         stream = cls(*await asyncio.open_connection("127.0.0.1", node.remote.port))
+        stream.key = key
         stream.writer.write("\r\n".join([*lines, "", ""]).encode())
         head = (await stream.reader.readuntil(b"\r\n\r\n")).decode()
         assert head.startswith("HTTP/1.1 101 Switching Protocols\r\n"), head

@@ -12,22 +12,40 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from mapreduce.core.dtypes import DType
+from mapreduce.core.partition import map_digest
 from mapreduce.core.reduce import ReduceOp
-from mapreduce.errors import JobRefused, LocalError, MinerFraud, Refused
-from mapreduce.net.auth import new_session_key
+from mapreduce.errors import (
+    BadMessage,
+    JobRefused,
+    LocalError,
+    MinerFraud,
+    Refused,
+    ResultDisputed,
+)
+from mapreduce.net.auth import new_session_key, signer, verify_signature
 from mapreduce.services import miner_job, peer_audit
+from mapreduce.services.grants import AcceptedGrants, job_keys
+from mapreduce.wire.bodies import Abort, Open, TensorSpec
+from mapreduce.wire.frames import Kind
 from mapreduce.wire.messages import CompletionBatch, Dispute, SignedCompletion
 from mapreduce.wire.openings import Part
+from mapreduce.wire.proofs import Claim, ProofKind, Signed, check_proof, encode_proof
+from mapreduce.wire.statements import Upload, open_statement
+from mapreduce.wire.terms import Terms
 from test.integration.fleet import (
     Fleet,
     all_reduce,
     all_reduce_everywhere,
     errors_of,
     in_loop,
+    integers,
     tensors,
     until,
 )
+from test.integration.raw_stream import jobs_and_raw
 from test.liars.miners import miner_session
+from test.parties import Parties
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -249,7 +267,7 @@ async def test_a_rank_that_withholds_its_samples_gets_no_renewal() -> None:
         entries = fleet.ledger.unavailable()
         assert {entry.hotkey for entry in entries} == {fleet.peer_key.ss58_address}
         for job in jobs:
-            with pytest.raises(Refused, match="rank 2 did not show the samples") as caught:
+            with pytest.raises(Refused, match="rank 2 withheld its openings") as caught:
                 await job._renew()
             assert caught.value.code == "excluded"
         assert not fleet.ledger.proofs()
@@ -301,5 +319,139 @@ async def test_a_job_is_accepted_once_and_only_if_it_is_younger_than_the_miner()
         stale = {"job": "0" * 32, "created_at": grant.created_at - 3600.0}
         status, code, text = await offer(**stale)
         assert (status, code) == (409, "stale_grant")
-        assert "this miner started" in text
+        assert "since it started" in text
         assert (await offer(job="1" * 32, created_at=grant.created_at + 60.0))[1] == "stale_grant"
+
+
+# What a hostile or unlucky world must not do ------------------------------------------------------
+
+
+@in_loop
+async def test_a_proof_survives_a_disk_that_is_full_for_a_while(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(miner_job, "MinerSession", miner_session("one_ulp"))
+    async with Fleet(1, audit_budget=1.0) as fleet:
+        jobs = await fleet.open_jobs(2, proof_directory=tmp_path)
+        keep, tries = fleet.ledger.add_proof, []
+
+        def full_at_first(*args: Any, **kwargs: Any) -> bool:
+            tries.append(args)
+            if len(tries) < 3:
+                raise LocalError("the ledger state.sqlite failed: database or disk is full")
+            return keep(*args, **kwargs)
+
+        monkeypatch.setattr(fleet.ledger, "add_proof", full_at_first)
+        await asyncio.gather(*(all_reduce(job, integers(job.rank, 70_000)) for job in jobs))
+        await until(fleet.ledger.proofs, "the proof")
+        await until(lambda: all(job.audit.fraud for job in jobs), "every rank hears of it")
+
+
+@in_loop
+async def test_nobody_speaks_for_another_rank_in_a_dispute() -> None:
+    async with Fleet(1) as fleet:
+        jobs, raw = await jobs_and_raw(fleet, 2)
+        failing = asyncio.create_task(errors_of(jobs))
+        await until(lambda: all(job.session.step for job in jobs), "the step begins")
+        tensor = TensorSpec(dtype=DType.FLOAT32, shape=(400_000,))
+        opened = Open(op=ReduceOp.SUM, tensor=tensor, segment_bytes=1_600_000)
+        place = jobs[0].session.signatory.keys.place(1, 0)
+        body = replace(opened, map_digest=map_digest(jobs[0].session.step.segments)).encode()  # type: ignore[union-attr]
+        signature = signer(raw.key)(open_statement(place, 2, body))
+        raw.send(Kind.OPEN, body + signature, step=1, rank=2)
+        abort = Abort(code="dispute", message="rank 1 lies \ud800", rank=0, miner=0)
+        raw.send(Kind.ABORT, abort.encode(), step=1, rank=2)
+        for error in await failing:
+            assert isinstance(error, ResultDisputed)
+            assert error.rank == 3  # who said it, whomever it named
+            assert "\ud800" not in str(error)
+        await asyncio.sleep(0.3)
+        assert not fleet.ledger.disputes()
+        assert all(job.audit._task and not job.audit._task.done() for job in jobs)
+
+
+@in_loop
+async def test_a_proof_of_another_grant_with_the_same_job_is_not_believed(tmp_path: Path) -> None:
+    """A validator could sign one that puts its own keys in the ranks' places."""
+    async with Fleet(1) as fleet:
+        jobs = await fleet.open_jobs(2, proof_directory=tmp_path)
+        job = jobs[0]
+        keys = [new_session_key() for _ in range(2)]
+        grant = replace(job.grant, session_keys=[key.ss58_address for key in keys])
+        signed = fleet.sign(grant)
+        place = job_keys(signed, grant).place(1, 0)
+        statements = sorted(
+            Upload(place=place, rank=1, nbytes=4, root=root, nonce_hash=bytes(32)).statement()
+            for root in (bytes(32), bytes([1] * 32))
+        )
+        claim = Claim(
+            kind=ProofKind.TWO_UPLOADS,
+            statements=tuple(
+                Signed(statement=said, signature=signer(keys[1])(said)) for said in statements
+            ),
+        )
+        forged = encode_proof(signed.grant, signed.signature, claim)
+        assert check_proof(forged, verify_signature)[1].rank == 1  # it holds, for that grant
+
+        async def answer(*args: Any) -> bytes:
+            return forged
+
+        job.audit._call = answer  # type: ignore[method-assign]
+        with pytest.raises(BadMessage, match="of another job"):
+            await job.audit._fetch("/v1/proofs")
+        assert job.audit.fraud is None
+        assert not os.listdir(tmp_path)
+
+
+def test_a_restart_or_a_clock_that_is_set_back_brings_no_job_back() -> None:
+    terms = Terms(
+        peer_count=1, miner_count=1, bandwidth=1, window_bytes=1 << 16, frame_bytes=1 << 14
+    )
+    grant = replace(Parties(terms).grant, created_at=1002.0, expires_at=4602.0)
+    accepted = AcceptedGrants(900.0)
+    accepted.add(grant, 1000.0)  # two seconds ahead, as a clock may be
+    with pytest.raises(Refused, match="made"):
+        AcceptedGrants(1001.0).add(grant, 1003.0)  # the process has restarted
+    accepted.add(replace(grant, job="0" * 32, created_at=5000.0, expires_at=8600.0), 5000.0)
+    with pytest.raises(Refused):
+        accepted.add(grant, 1000.0)
+
+
+@in_loop
+async def test_one_rank_cannot_fill_the_ledger_with_disputes() -> None:
+    async with Fleet(1) as fleet:
+        (job,) = await fleet.open_jobs(1)
+        path = f"/v1/jobs/{job.grant.job}/completions"
+        for start in range(0, 256, 64):
+            disputes = [
+                Dispute(step=start + n, segment=0, rank=0, what="x", reject="") for n in range(64)
+            ]
+            status, _ = await fleet.request(
+                job._key,
+                fleet.validator,
+                "POST",
+                path,
+                CompletionBatch(rank=0, completions=[], disputes=disputes),
+            )
+            assert status == 200
+        assert len(fleet.ledger.disputes()) == 64
+        flags = fleet.auditor.flags()
+        assert not flags.miners
+        assert not flags.peers
+
+
+@in_loop
+async def test_a_job_that_was_excluded_stays_so_after_a_restart() -> None:
+    async with Fleet(1) as fleet:
+        (job,) = await fleet.open_jobs(1)
+        fleet.ledger.add_unavailable(
+            role="peer",
+            hotkey=fleet.peer_key.ss58_address,
+            job=job.grant.job,
+            step=1,
+            segment=0,
+            what="rank 1 withheld its openings",
+            now=time.time(),
+        )
+        with pytest.raises(Refused, match="rank 1 withheld its openings, three times"):
+            await job._renew()

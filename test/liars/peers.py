@@ -94,6 +94,7 @@ class _FalseAccusation(PeerSession):
                 "it is all wrong",
                 step=step.number,
                 segment=miner,
+                own=True,
             )
             self._fail(step, error, abort_of(error, self.rank))
 

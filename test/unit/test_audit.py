@@ -309,8 +309,19 @@ def test_samples_are_kept_newest_first_within_their_bound() -> None:
         assert store.kept_bytes <= 250_000
     assert store.get(1) is None
     assert store.get(5) is not None
-    store.drop(5)
+    assert store.promise(4)  # the validator was told of it
+    assert not store.promise(1)
+    for _ in range(4):
+        trial.step()
+        step = trial.job.peers[0].step
+        assert step is not None
+        assert step.sample is not None
+        store.add(step.sample)
+    assert store.get(4) is not None
     assert store.get(5) is None
+    assert store.kept_bytes <= 250_000
+    store.drop(4)
+    assert store.get(4) is None
     huge = SampleStore(max_bytes=10)
     assert step is not None
     assert step.sample is not None
@@ -348,3 +359,30 @@ def test_openings_survive_being_split_into_bodies() -> None:
     assert back == openings
     with pytest.raises(BadMessage, match="bytes behind the last opening"):
         split_openings(bodies[0], sample.nbytes, ())
+
+
+def test_who_gets_on_slowly_is_not_asked_in_vain() -> None:
+    """A link so slow that one contact carries one sample: six steps take more than three asks."""
+    trial = Audited(2, 1, 100_000, budget=1.0)
+    for _ in range(6):
+        trial.step()
+    trial.tell()
+    for step in range(1, 7):
+        wants, verdicts = trial.audit.wants(0)
+        assert not verdicts
+        assert wants[0] == Want(step, 0, True)
+        for body in trial.records[0].openings(step, 0):
+            trial.audit.opened(0, body)
+    assert trial.audit.wants(0) == ([], [])
+    assert trial.audit.withheld == frozenset()
+
+
+def test_an_answer_holds_a_bounded_number_of_wants_the_openings_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(audit_module, "MAX_WANTS", 2)
+    trial = Audited(2, 1, 100_000, budget=1.0)
+    for _ in range(4):
+        trial.step()
+    trial.tell()
+    assert trial.audit.wants(0)[0] == [Want(1, 0, True), Want(2, 0, True)]

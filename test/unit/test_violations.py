@@ -126,6 +126,15 @@ def test_a_peer_that_ignores_its_window_is_stopped() -> None:
         (peer_frame(Kind.DATA, step=1, length=16), "may not send DATA"),
         (peer_frame(Kind.ABORT, step=1, body=VERSION_PREFIX + b"{"), "cannot be read"),
         (peer_frame(Kind.ABORT, step=1, body=VERSION_PREFIX + b'{"code": "x"}'), "cannot be read"),
+        (
+            peer_frame(
+                Kind.ABORT,
+                step=1,
+                body=VERSION_PREFIX + b'{"code": [], "message": "", "rank": null, "miner": null, '
+                b'"differences": {}, "proof": ""}',
+            ),
+            "impossible values",
+        ),
     ],
 )
 def test_a_peer_refuses_what_the_protocol_forbids_and_names_the_miner(
@@ -198,3 +207,26 @@ def test_a_receipt_for_nothing_proves_nothing() -> None:
     claim = Claim(kind=ProofKind.BROKEN_RECEIPT, statements=signed)
     with pytest.raises(ProofInvalid, match="rank 2 contributes nothing"):
         check_claim(claim, parties.keys)
+
+
+def test_a_rank_that_sends_and_does_not_read_is_ended() -> None:
+    job = MemoryJob(terms(1, 1))
+    job.streams[0, 0].to_miner += opened()
+    while job.streams[0, 0].to_miner:
+        job._deliver_to_miner((0, 0))
+    ping = peer_frame(Kind.PING)
+    for _ in range(100_000):
+        job.miner_readers[0, 0].feed(ping)
+    assert len(job.miners[0]._streams[0].control) <= 64
+    job.miners[0]._streams[0].control.extend([b""] * 1000)
+    with pytest.raises(BadFrame, match="sends and does not read"):
+        job.miner_readers[0, 0].feed(ping)
+
+
+def test_a_segment_that_takes_more_than_an_hour_has_the_longest_time_there_is() -> None:
+    job = MemoryJob(terms(2, 1))
+    steps = job.all_reduce(gradients(2, 40_000))
+    while job.run_some(1):
+        job.now += 600.0
+    assert all(step.error is None for step in steps)
+    assert steps[0].segment_us == [(1 << 32) - 1]
