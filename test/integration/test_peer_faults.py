@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import os
 import re
@@ -204,6 +205,8 @@ def test_an_error_of_one_rank_reaches_the_others(subnet: LocalSubnet) -> None:
 def measure() -> tuple[int, int, int, int]:
     """Sockets, descriptors, threads and resident bytes of this process."""
     gc.collect()
+    with contextlib.suppress(AttributeError):  # glibc's: what is free is no leak
+        ctypes.CDLL(None).malloc_trim(0)
     process = psutil.Process()
     sockets = len(process.net_connections())
     return sockets, process.num_fds(), threading.active_count(), process.memory_info().rss
@@ -224,7 +227,9 @@ def test_jobs_leave_no_socket_thread_or_memory(subnet: LocalSubnet, jobs: int) -
     assert after_all[:3] == after_5[:3]
     assert after_all[0] == idle[0]
     assert after_all[2] == idle[2]
-    assert after_all[3] - after_5[3] < 5 << 20
+    # 600 jobs in a row showed no trend, and steps of up to 5 MiB either way; a tensor that stayed
+    # behind in each job would be 6 MiB after 15 of them, its rings and samples as much again.
+    assert after_all[3] - after_5[3] < 8 << 20
     peers = [thread for thread in threading.enumerate() if thread.name.startswith("mapreduce-rank")]
     assert not peers
 
