@@ -182,7 +182,17 @@ class Auditor:
 
     async def _openings(self, request: web.Request) -> web.Response:
         job, rank = self._caller(request)
+        before = job.audit.audited_steps
         self._keep(job, job.audit.opened(rank, request[BODY]))
+        if job.audit.audited_steps > before:
+            _log.debug(
+                "a step is audited",
+                extra={
+                    "job": job.grant.job[:8],
+                    "audited": job.audit.audited_steps,
+                    "completed": job.audit.completed_steps,
+                },
+            )
         return json_response(Accepted(job=job.grant.job))
 
     async def _accused(self, request: web.Request) -> web.Response:

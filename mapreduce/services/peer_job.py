@@ -234,8 +234,8 @@ class PeerJob:
         if isinstance(error, CertificateConflict):
             # Other ranks may have committed it, and cut the next step by what it took.
             self._leave(str(error))
-            self.session.fraud = error
-        if isinstance(error, IntegrityError):
+            error = self.session.fraud = await self.audit.accuse(error)
+        elif isinstance(error, IntegrityError):
             error = await self.audit.accuse(error)
         elif isinstance(error, PeerLost) and not self._closing:
             error = await self.audit.known_fraud(LEARN_S) or error

@@ -17,10 +17,9 @@ from mapreduce.core.reduce import ReduceOp
 from mapreduce.errors import BadMessage, UnsupportedTensor
 from mapreduce.wire.bodies import Ack, acks_from
 from mapreduce.wire.openings import Part, split_openings
-from mapreduce.wire.proofs import Claim, Opening, ProofKind, Signed, reduce_block
+from mapreduce.wire.proofs import Claim, Opening, ProofKind, Signed, contradiction, reduce_block
 from mapreduce.wire.statements import (
     NO_ROOT,
-    Acknowledgement,
     Certificate,
     Completion,
     step_digest,
@@ -202,11 +201,11 @@ class JobAudit:
         said = step.completions.get(rank)
         if said is None:
             return []
+        failed = said.outcome == Completion.FAILED  # only then are certificates kept
         wants = [
             Want(number, segment, openings=False)
-            for segment in self._conflicts(step)
+            for segment in (self._conflicts(step) if failed else ())
             if (rank, segment) not in step.certificates
-            and said.outcome == Completion.FAILED
             and said.segments[segment].certificate != NO_ROOT
         ]
         if self._sampled(said) and rank not in step.done:
@@ -276,8 +275,7 @@ class JobAudit:
         """Two different certificates of one place prove that the miner lied."""
         for (_, segment), other in step.certificates.items():
             if segment == said.place.segment and other.statement != signed.statement:
-                both = tuple(sorted((other, signed), key=lambda s: s.statement))
-                return [Proven(Claim(kind=ProofKind.TWO_CERTIFICATES, statements=both))]
+                return [Proven(contradiction(ProofKind.TWO_CERTIFICATES, other, signed))]
         return []
 
     def _evidence(self, step: _Step, rank: int, part: Part, said: Certificate) -> None:
@@ -311,14 +309,8 @@ class JobAudit:
             raise BadMessage(f"{len(acks)} acknowledgements of {self._ranks} ranks")
         place = self.keys.place(part.step, part.commit_segment)
         for rank, ack in enumerate(acks):
-            said = Acknowledgement(
-                place=place,
-                rank=rank,
-                segment_us=ack.segment_us,
-                nonce=ack.nonce,
-                step_digest=ack.step_digest,
-            )
-            signed = self.keys.signed_by_rank(rank, said.statement(), ack.signature)
+            statement = ack.statement(place, rank)
+            signed = self.keys.signed_by_rank(rank, statement, ack.signature)
             if ack.step_digest != digest or not signed:
                 raise BadMessage(f"rank {rank + 1} has not acknowledged these certificates")
         return acks

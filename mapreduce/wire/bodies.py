@@ -18,11 +18,13 @@ from mapreduce.core.hash_tree import DIGEST_BYTES
 from mapreduce.core.reduce import ReduceOp
 from mapreduce.errors import BadFrame, UnsupportedTensor
 from mapreduce.wire.frames import MAX_BODY_BYTES
-from mapreduce.wire.statements import SIGNATURE_BYTES
+from mapreduce.wire.statements import SIGNATURE_BYTES, Acknowledgement
 from mapreduce.wire.terms import MAX_PEERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from mapreduce.wire.statements import Place
 
 BODY_VERSION = 3
 VERSION_PREFIX = bytes([BODY_VERSION])
@@ -173,6 +175,16 @@ class Ack:
     nonce: bytes
     step_digest: bytes
     signature: bytes
+
+    def statement(self, place: Place, rank: int) -> bytes:
+        """What the rank with this index signs of it."""
+        return Acknowledgement(
+            place=place,
+            rank=rank,
+            segment_us=self.segment_us,
+            nonce=self.nonce,
+            step_digest=self.step_digest,
+        ).statement()
 
     def encode(self) -> bytes:
         return _ACK.pack(

@@ -20,9 +20,8 @@ from mapreduce.wire.bodies import (
     split_signature,
     with_signature,
 )
-from mapreduce.wire.proofs import Claim, ProofKind, Signed, encode_claim
+from mapreduce.wire.proofs import ProofKind, Signed, contradiction, encode_claim
 from mapreduce.wire.statements import (
-    Acknowledgement,
     Receipt,
     Reject,
     Upload,
@@ -83,8 +82,7 @@ class MinerTrust:
         """The proof that a rank has lied, if it has."""
         if first.statement == second.statement:
             raise BadFrame("CLOSE of a segment that is closed")
-        both = tuple(sorted((first, second), key=lambda signed: signed.statement))
-        return encode_claim(Claim(kind=ProofKind.TWO_UPLOADS, statements=both))
+        return encode_claim(contradiction(ProofKind.TWO_UPLOADS, first, second))
 
     def receipt_body(self, step: MinerStep, rank: int) -> bytes:
         root = step.inputs[rank].root()
@@ -113,14 +111,8 @@ class MinerTrust:
 
     def check_ack(self, step: MinerStep, rank: int, ack: Ack) -> None:
         """It must be signed, and show the nonce that the rank's OPEN was committed to."""
-        said = Acknowledgement(
-            place=self._place(step.number),
-            rank=rank,
-            segment_us=ack.segment_us,
-            nonce=ack.nonce,
-            step_digest=ack.step_digest,
-        )
-        if not self._keys.signed_by_rank(rank, said.statement(), ack.signature):
+        statement = ack.statement(self._place(step.number), rank)
+        if not self._keys.signed_by_rank(rank, statement, ack.signature):
             raise BadFrame("ACK that is not signed")
         opened = step.opens[rank]
         assert opened is not None

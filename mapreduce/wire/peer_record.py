@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from mapreduce.wire.openings import certificate_part, encode_openings
 from mapreduce.wire.peer_step import Phase
-from mapreduce.wire.proofs import Signed
 from mapreduce.wire.samples import SampleStore
 from mapreduce.wire.statements import NO_ROOT, Completion, SegmentOutcome
 
 if TYPE_CHECKING:
     from mapreduce.wire.peer_step import Step
     from mapreduce.wire.peer_trust import Signatory
+    from mapreduce.wire.proofs import Signed
 
 MAX_QUEUED = 4096  # completions; the oldest go
 MAX_FAILED_STEPS = 16  # whose certificates are kept
@@ -52,11 +52,7 @@ class PeerRecord:
         return completion, self._signatory.sign(completion.statement())
 
     def _keep_certificates(self, step: Step) -> None:
-        trust = step.trust
-        self._failed[step.number] = {
-            segment: Signed(statement=certificate.statement(), signature=trust.signatures[segment])
-            for segment, certificate in trust.certificates.items()
-        }
+        self._failed[step.number] = step.trust.signed
         while len(self._failed) > MAX_FAILED_STEPS:
             del self._failed[min(self._failed)]
 

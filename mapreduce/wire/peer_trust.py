@@ -10,6 +10,7 @@ IntegrityError says that a statement does not fit the data, and the step must fa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mapreduce.core.challenge import NONCE_BYTES, nonce_hash
@@ -30,10 +31,9 @@ from mapreduce.wire.bodies import (
     split_signature,
     with_signature,
 )
-from mapreduce.wire.proofs import Claim, ProofKind, Signed, encode_claim
+from mapreduce.wire.proofs import Claim, ProofKind, Signed, contradiction, encode_claim
 from mapreduce.wire.statements import (
     NO_ROOT,
-    Acknowledgement,
     Certificate,
     Receipt,
     Reject,
@@ -76,7 +76,7 @@ class StepTrust:
         self.sent = [BlockTree() for _ in range(miner_count)]
         self.received = [BlockTree() for _ in range(miner_count)]
         self.certificates: dict[int, Certificate] = {}
-        self.signatures: dict[int, bytes] = {}  # of the certificates
+        self.signed: dict[int, Signed] = {}  # the same, as others can check them
         self.commits: dict[int, tuple[Ack, ...]] = {}
         self.conflict: CertificateConflict | None = None
         self._keys = signatory.keys
@@ -121,19 +121,14 @@ class StepTrust:
         if not self._step_digest:
             certified = {m: made.digest for m, made in self.certificates.items()}
             self._step_digest = step_digest(certified)
-        said = Acknowledgement(
-            place=self._place(miner),
-            rank=self._rank,
+        ack = Ack(
             segment_us=segment_us,
             nonce=self._nonces[miner],
             step_digest=self._step_digest,
+            signature=b"",
         )
-        ack = Ack(
-            segment_us=segment_us,
-            nonce=said.nonce,
-            step_digest=said.step_digest,
-            signature=self.signatory.sign(said.statement()),
-        )
+        signature = self.signatory.sign(ack.statement(self._place(miner), self._rank))
+        ack = replace(ack, signature=signature)
         self._acks[miner] = ack
         return ack.encode()
 
@@ -184,7 +179,7 @@ class StepTrust:
             raise BadFrame("CERTIFICATE that is not signed")
         signed = Signed(statement=statement, signature=signature)
         if miner in self.certificates:
-            self._second(miner, made, signed)
+            self._second(miner, signed)
         self._check_operation(miner, made, step)
         self._check_entry(miner, made, signed)
         if made.op is ReduceOp.BROADCAST and made.root != made.entries[made.sender][0]:
@@ -193,19 +188,15 @@ class StepTrust:
                 Claim(kind=ProofKind.WRONG_SUM, statements=(signed,)),
                 "it has certified a broadcast that is not what was sent",
             )
-        self.certificates[miner], self.signatures[miner] = made, signature
+        self.certificates[miner], self.signed[miner] = made, signed
 
-    def _second(self, miner: int, made: Certificate, signed: Signed) -> None:
-        first = self.certificates[miner].statement()
-        if first == signed.statement:
+    def _second(self, miner: int, signed: Signed) -> None:
+        first = self.signed[miner]
+        if first.statement == signed.statement:
             raise BadFrame("CERTIFICATE for a segment that has one")
-        both = (Signed(statement=first, signature=self.signatures[miner]), signed)
         raise self._fraud(
             miner,
-            Claim(
-                kind=ProofKind.TWO_CERTIFICATES,
-                statements=tuple(sorted(both, key=lambda s: s.statement)),
-            ),
+            contradiction(ProofKind.TWO_CERTIFICATES, first, signed),
             "it has certified two different results of one step",
         )
 
@@ -254,14 +245,8 @@ class StepTrust:
                 if ack != self._acks[miner]:
                     raise BadFrame("COMMIT echoes another ACK than this rank's")
                 continue
-            said = Acknowledgement(
-                place=self._place(miner),
-                rank=rank,
-                segment_us=ack.segment_us,
-                nonce=ack.nonce,
-                step_digest=ack.step_digest,
-            )
-            if not self._keys.signed_by_rank(rank, said.statement(), ack.signature):
+            said = ack.statement(self._place(miner), rank)
+            if not self._keys.signed_by_rank(rank, said, ack.signature):
                 raise BadFrame(f"COMMIT echoes an ACK that rank {rank + 1} has not signed")
             if ack.step_digest != self._step_digest:
                 ranks = (self._rank + 1, rank + 1)

@@ -103,6 +103,12 @@ class Claim:
     delegation: Delegation | None = None
 
 
+def contradiction(kind: ProofKind, first: Signed, second: Signed) -> Claim:
+    """The claim that two statements of one party make; there is one order for them."""
+    first, second = sorted((first, second), key=lambda signed: signed.statement)
+    return Claim(kind=kind, statements=(first, second))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
     """What a proof proves. `culprit` is a hotkey, or a session key where no delegation is known;

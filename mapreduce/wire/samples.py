@@ -91,9 +91,7 @@ def take_sample(step: Step, budget: float) -> Sample | None:
         segment=segment,
         nbytes=certificate.nbytes,
         evidence=Evidence(
-            certificate=Signed(
-                statement=certificate.statement(), signature=trust.signatures[segment]
-            ),
+            certificate=trust.signed[segment],
             commit_segment=source,
             echoes=Commit(acks=acks).echoes(),
         ),

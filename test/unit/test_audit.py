@@ -260,9 +260,11 @@ def test_ranks_that_go_by_different_commits_get_no_verdict_and_no_blame() -> Non
     trial.tell()
     for body in trial.bodies(0):
         assert trial.audit.opened(0, body) == []
-    if sample is not None and sample.segment == other.sample.segment:
-        for body in encode_openings(1, sample.segment, sample.evidence, sample.openings()):
-            assert trial.audit.opened(1, body) == []
+    assert sample is not None
+    assert sample.evidence.commit_segment == 1
+    for body in encode_openings(1, sample.segment, sample.evidence, sample.openings()):
+        assert trial.audit.opened(1, body) == []
+    assert len(trial.audit._steps[1].challenged) == 2
     assert trial.audit.audited_steps == 0
     assert trial.audit.withheld == frozenset()
 
@@ -289,8 +291,10 @@ def test_a_second_nonce_of_a_lying_rank_keeps_no_honest_rank_from_opening() -> N
     body = replace(part, echoes=Commit(acks=(first, forged)).echoes()).encode()
     with contextlib.suppress(BadMessage):  # its blocks may be others than those it has
         trial.audit.opened(1, body)
+    assert len(trial.audit._steps[1].challenged) == 1  # the liar's
     for body in honest:
         assert trial.audit.opened(0, body) == []
+    assert len(trial.audit._steps[1].challenged) == 2
     assert trial.audit.wants(0) == ([], [])
     assert trial.audit.withheld == frozenset()
 
