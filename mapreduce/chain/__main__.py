@@ -87,7 +87,7 @@ async def _show(client: bt.Client, options: argparse.Namespace) -> int:
 
 def _table(metagraph: Metagraph) -> list[str]:
     """The neurons in columns as wide as their longest entry."""
-    rows = [("uid", "hotkey", "coldkey", "stake", "permit", "axon")]
+    rows = [("uid", "hotkey", "coldkey", "stake", "permit", "incentive", "updated", "axon")]
     for neuron in metagraph.neurons:
         ip = f"[{neuron.ip}]" if neuron.ip and ":" in neuron.ip else neuron.ip
         rows.append(
@@ -97,6 +97,8 @@ def _table(metagraph: Metagraph) -> list[str]:
                 neuron.coldkey,
                 f"{neuron.stake_tao:.3f}",
                 "yes" if neuron.validator_permit else "no",
+                f"{neuron.incentive:.4f}",
+                str(neuron.last_update) if neuron.last_update else "-",
                 f"{ip}:{neuron.port}" if ip else "-",
             )
         )

@@ -6,8 +6,11 @@ file and its clock (`connection`). Above it runs the real `bittensor.Client`.
 It differs from a real chain. It needs one machine and a local disk; inclusion is immediate and
 final; state of past blocks is not kept, so a read pinned to a block sees the head. Accounts it has
 never seen hold test TAO, calls are free, one alpha always costs one TAO, a registration always the
-same, and stake earns nothing. Unless it is strict, 127.0.0.1 can be served, nothing is limited in
-rate, and permits follow stake at once.
+same. An epoch writes down what each neuron earns, but no stake grows; dividends come without the
+moving average of bonds (`consensus`). A subnet has one mechanism. Weights that are committed are
+never revealed, since that takes drand (`runtime_weights`), and timelocked commitments are refused.
+Unless it is strict, 127.0.0.1 can be served, nothing is limited in rate, permits follow stake at
+once, and weights take no stake beyond a permit.
 """
 
 from __future__ import annotations
@@ -66,7 +69,8 @@ def create_chain(
         path: the file to create.
         block_time_s: seconds from block to block.
         strict: the real chain's refusals and delays: 127.0.0.1 and ::1 cannot be served, 50 blocks
-            between servings, 100 between settings of weights, permits at epochs only.
+            between servings, 100 between settings of weights (from registration on), permits at
+            epochs only and for 1 TAO of stake or more.
         tempo: blocks from epoch to epoch.
         max_uids: neurons of a subnet, beyond which a newcomer takes another's place.
         hyperparameters: others by their names in `client.read("subnet_hyperparameters")`.

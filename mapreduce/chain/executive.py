@@ -71,8 +71,7 @@ def include(state: State, data: bytes, block: int) -> Included:
         "call_module": signed.call.module,
         "call_function": signed.call.function,
         "call_args": [
-            {"name": key, "value": "0x" + value.hex() if isinstance(value, bytes) else value}
-            for key, value in signed.call.params.items()
+            {"name": key, "value": _readable(value)} for key, value in signed.call.params.items()
         ],
         "error": error,
         "events": call.events,
@@ -103,6 +102,19 @@ def event_records(position: int, events: list[Any]) -> list[dict[str, Any]]:
         }
         for pallet, name, attributes in events
     ]
+
+
+def _readable(value: Any) -> Any:
+    """An argument as a block shows it: bytes as hex, at any depth."""
+    match value:
+        case bytes():
+            return "0x" + value.hex()
+        case dict():
+            return {key: _readable(entry) for key, entry in value.items()}
+        case list():
+            return [_readable(entry) for entry in value]
+        case _:
+            return value
 
 
 def _included(block: int, position: int, digest: str, record: dict[str, Any]) -> Included:

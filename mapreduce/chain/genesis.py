@@ -29,6 +29,8 @@ POOL_RAO: Final = (
     1_000_000 * RAO_PER_TAO
 )  # both sides of every pool: the price is 1 and stays there
 ALPHA_PRICE_RAO: Final = RAO_PER_TAO
+STRICT_STAKE_THRESHOLD_RAO: Final = RAO_PER_TAO
+"""What a validator must have staked on a strict chain; finney asks for about 1000 TAO."""
 TAO_WEIGHT: Final = 0.18  # how much stake on root counts beside alpha
 
 # The development account //Alice owns the subnets of a new chain, as she does on a local node.
@@ -137,6 +139,8 @@ def write_genesis(ledger: Ledger, genesis: Genesis) -> None:
     """Fill a new ledger: the parameters and the started subnets root (0), 1 and ours (10)."""
     ledger.put(OWN_PALLET, "Genesis", [], asdict(genesis))
     ledger.put("System", "Number", [], 1)
+    if genesis.strict:
+        ledger.put("SubtensorModule", "StakeThreshold", [], STRICT_STAKE_THRESHOLD_RAO)
     for netuid, name, symbol in (
         (ROOT_NETUID, "root", "\u03c4"),
         (1, "apex", "\u03b1"),

@@ -1,4 +1,5 @@
-"""The subnet as the services see it: who is registered, where they listen, what they have staked.
+"""The subnet as the services see it: who is registered, where they listen, what they have staked
+and earned.
 
 Knows how to read it from any chain, to publish an axon and to tell an operator how to register;
 knows nothing of which kind of chain that is.
@@ -38,6 +39,13 @@ class Neuron:
     port: int | None
     stake_tao: float
     validator_permit: bool
+    incentive: float = 0.0
+    """Its share of what miners earned in the last epoch; all of them sum to 1, or to 0."""
+    dividends: float = 0.0
+    """Its share of what validators earned in the last epoch."""
+    last_update: int = 0
+    """The block at which it last set weights, or was registered; 0: never."""
+    registered_at_block: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +94,10 @@ async def fetch_metagraph(client: bt.Client, netuid: int) -> Metagraph:
                 port=port,
                 stake_tao=neuron.total_stake.amount,
                 validator_permit=neuron.validator_permit,
+                incentive=neuron.incentive,
+                dividends=neuron.dividends,
+                last_update=neuron.last_update,
+                registered_at_block=neuron.block_at_registration,
             )
         )
     return Metagraph(netuid, found.block, tuple(neurons))

@@ -1,18 +1,23 @@
-"""The calls that the embedded chain can dispatch, with the real chain's rules and names of errors.
+"""The calls that the embedded chain can dispatch, with the real chain's rules and names of errors:
+registration, stake and transfers here, what neurons publish and weights in the modules beside it.
 
-Knows what a call changes and when it is refused; knows nothing of signatures, nonces or the SDK. A
-new call is one more function under `@dispatchable`.
+Knows what a call changes and when it is refused; knows nothing of signatures, nonces or the SDK.
 """
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
 
-from bittensor import sp_core
-
-from mapreduce.chain import epoch
+from mapreduce.chain import epoch, runtime_publish, runtime_weights
+from mapreduce.chain.calls import (
+    Dispatch,
+    DispatchError,
+    UnknownCall,
+    check_call,
+    dispatch,
+    dispatchable,
+    require_subnet,
+)
 from mapreduce.chain.genesis import (
     ALPHA_PRICE_RAO,
     EXISTENTIAL_DEPOSIT_RAO,
@@ -24,121 +29,18 @@ from mapreduce.chain.genesis import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
     from mapreduce.chain.state import State
 
-MAX_CIPHERTEXT_BYTES: Final = 8192
-LOOPBACK: Final = {4: 0x7F000001, 6: 1}  # 127.0.0.1 and ::1: exactly these, as on the real chain
-
-_UINT_BITS: Final = {
-    "netuid": 16,
-    "port": 16,
-    "version": 32,
-    "ip": 128,
-    "ip_type": 8,
-    "protocol": 8,
-    "placeholder1": 8,
-    "placeholder2": 8,
-}
-
-
-class DispatchError(Exception):
-    """The chain refuses a call; `name` is the name of the runtime's error."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
-
-
-class UnknownCall(Exception):
-    """No such call here, or arguments that it does not take."""
-
-
-@dataclass(slots=True)
-class Dispatch:
-    """One call in progress: who signed it, at which block, and the events so far."""
-
-    state: State
-    signer: str
-    block: int
-    events: list[tuple[str, str, Any]] = field(default_factory=list)
-
-    def event(self, name: str, attributes: Any, *, pallet: str = "SubtensorModule") -> None:
-        """Report what happened."""
-        self.events.append((pallet, name, attributes))
-
-
-_DISPATCHABLES: Final[dict[tuple[str, str], Callable[..., None]]] = {}
-
-
-def dispatchable(
-    module: str, *functions: str
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function as the named calls; its keyword-only parameters are theirs."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        for name in functions:
-            _DISPATCHABLES[module, name] = function
-        return function
-
-    return register
-
-
-def check_call(module: str, function: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The call's arguments, with an address always as its ss58 text.
-
-    Raises:
-        UnknownCall: the embedded chain has no such call, or it does not take these arguments.
-    """
-    name = f"{module}.{function}"
-    handler = _DISPATCHABLES.get((module, function))
-    if handler is None:
-        raise UnknownCall(
-            f"the embedded chain does not serve {name}; it serves "
-            + ", ".join(sorted(f"{m}.{f}" for m, f in _DISPATCHABLES))
-        )
-    parameters = [
-        p for p in inspect.signature(handler).parameters.values() if p.kind is p.KEYWORD_ONLY
-    ]
-    required = {p.name for p in parameters if p.default is p.empty}
-    if not required <= params.keys() <= {p.name for p in parameters}:
-        raise UnknownCall(f"{name} takes {sorted(required)}, not {sorted(params)}")
-    kinds = {p.name: str(p.annotation) for p in parameters}
-    return {key: _checked(name, key, kinds[key], value) for key, value in params.items()}
-
-
-def _checked(call: str, key: str, kind: str, value: Any) -> Any:
-    bits = _UINT_BITS.get(key, 64)
-    if isinstance(value, dict) and value.keys() == {"Id"}:
-        value = value["Id"]  # a MultiAddress
-    if kind == "int" and type(value) is int and 0 <= value < 2**bits:
-        return value
-    if kind == "bool" and type(value) is bool:
-        return value
-    if kind == "bytes" and isinstance(value, bytes) and len(value) <= MAX_CIPHERTEXT_BYTES:
-        return value
-    if kind == "str" and type(value) is str:
-        try:
-            sp_core.ss58_decode(value)
-            return value
-        except ValueError:
-            pass
-    expected = {
-        "int": f"a u{bits}",
-        "str": "an ss58 address",
-        "bytes": f"at most {MAX_CIPHERTEXT_BYTES} bytes",
-    }.get(kind, f"a {kind}")
-    raise UnknownCall(f"{call}: {key} = {value!r} is not {expected}")
-
-
-def dispatch(call: Dispatch, module: str, function: str, params: Mapping[str, Any]) -> None:
-    """Carry out a call that `check_call` has passed.
-
-    Raises:
-        DispatchError: the rules forbid it; the caller undoes what was written so far.
-    """
-    _DISPATCHABLES[module, function](call, **params)
+# Importing this module makes every call known, wherever it stands.
+__all__ = [
+    "Dispatch",
+    "DispatchError",
+    "UnknownCall",
+    "check_call",
+    "dispatch",
+    "runtime_publish",
+    "runtime_weights",
+]
 
 
 # Registration -------------------------------------------------------------------------------------
@@ -149,7 +51,7 @@ def _burned_register(call: Dispatch, *, netuid: int, hotkey: str) -> None:
     state = call.state
     if netuid == ROOT_NETUID:
         raise DispatchError("RegistrationNotPermittedOnRootSubnet")
-    _require_subnet(state, netuid)
+    require_subnet(state, netuid)
     if not state.get("NetworkRegistrationAllowed", netuid):
         raise DispatchError("SubNetRegistrationDisabled")
     if state.uid(netuid, hotkey) is not None:
@@ -212,58 +114,13 @@ def _register_network(call: Dispatch, *, hotkey: str) -> None:
 
 @dispatchable("SubtensorModule", "start_call")
 def _start_call(call: Dispatch, *, netuid: int) -> None:
-    _require_subnet(call.state, netuid)
+    require_subnet(call.state, netuid)
     if call.state.get("SubnetOwner", netuid) != call.signer:
         raise DispatchError("NotSubnetOwner")
     if call.state.get("FirstEmissionBlockNumber", netuid) is not None:
         raise DispatchError("FirstEmissionBlockNumberAlreadySet")
     start_subnet(call.state.ledger, netuid, block=call.block)
     call.event("FirstEmissionBlockNumberSet", [netuid, call.block])
-
-
-# Serving ------------------------------------------------------------------------------------------
-
-
-@dispatchable("SubtensorModule", "serve_axon")
-def _serve_axon(
-    call: Dispatch,
-    *,
-    netuid: int,
-    version: int,
-    ip: int,
-    port: int,
-    ip_type: int,
-    protocol: int,
-    placeholder1: int,
-    placeholder2: int,
-) -> None:
-    state = call.state
-    _require_subnet(state, netuid)
-    if state.uid(netuid, call.signer) is None:
-        raise DispatchError("HotKeyNotRegisteredInNetwork")
-    if ip_type not in LOOPBACK:
-        raise DispatchError("InvalidIpType")
-    broadcast = 2**32 - 1 if ip_type == 4 else 2**128 - 1
-    if ip >= broadcast or (state.genesis.strict and ip == LOOPBACK[ip_type]):
-        raise DispatchError("InvalidIpAddress")
-    previous = state.get("Axons", netuid, call.signer)
-    limit = int(state.get("ServingRateLimit", netuid))
-    if previous is not None and call.block - int(previous["block"]) < limit:
-        raise DispatchError("ServingRateLimitExceeded")
-    if port == 0:
-        raise DispatchError("InvalidPort")
-    axon = {
-        "block": call.block,
-        "version": version,
-        "ip": ip,
-        "port": port,
-        "ip_type": ip_type,
-        "protocol": protocol,
-        "placeholder1": placeholder1,
-        "placeholder2": placeholder2,
-    }
-    state.put("Axons", netuid, call.signer, value=axon)
-    call.event("AxonServed", [netuid, call.signer])
 
 
 # Stake: one alpha always costs one TAO ------------------------------------------------------------
@@ -353,11 +210,6 @@ def _submit_encrypted(call: Dispatch, *, ciphertext: bytes) -> None:
 # What several calls ask ---------------------------------------------------------------------------
 
 
-def _require_subnet(state: State, netuid: int) -> None:
-    if not state.subnet_exists(netuid):
-        raise DispatchError("SubnetNotExists")
-
-
 def _require_own_or_new(call: Dispatch, hotkey: str) -> None:
     """A hotkey belongs to the coldkey that registered it first."""
     owner = call.state.get("Owner", hotkey)
@@ -368,7 +220,7 @@ def _require_own_or_new(call: Dispatch, hotkey: str) -> None:
 
 
 def _require_stakeable(state: State, netuid: int, hotkey: str) -> None:
-    _require_subnet(state, netuid)
+    require_subnet(state, netuid)
     if not state.get("SubtokenEnabled", netuid):
         raise DispatchError("SubtokenDisabled")
     if state.get("Owner", hotkey) is None:

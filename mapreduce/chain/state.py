@@ -116,6 +116,10 @@ class State:
             stakes.append(Stake(alpha, tao, alpha + int(tao * weight)))
         return stakes
 
+    def stake_threshold(self) -> int:
+        """What a hotkey must have staked to set weights, rao; only a strict chain asks for any."""
+        return int(self.get("StakeThreshold") or 0)
+
     def owners(self) -> dict[str, str]:
         """The coldkey of every hotkey that was ever registered."""
         entries = self.ledger.scan("SubtensorModule", "Owner")
@@ -135,6 +139,11 @@ class State:
         """The hotkey's uid, None if it is not registered there."""
         found = self.get("Uids", netuid, hotkey)
         return None if found is None else int(found)
+
+    def owner_uid(self, netuid: int) -> int | None:
+        """The uid of the hotkey that owns the subnet, None if it is not registered there."""
+        owner = self.get("SubnetOwnerHotkey", netuid)
+        return None if owner is None else self.uid(netuid, owner)
 
     def neurons(self, netuid: int) -> list[tuple[int, str]]:
         """(uid, hotkey) in order of uid."""
@@ -164,6 +173,7 @@ class State:
             for item in ("Uids", "Axons", "NeuronCertificates"):
                 self.ledger.delete("SubtensorModule", item, [netuid, previous])
             self.ledger.delete("SubtensorModule", "IsNetworkMember", [previous, netuid])
+            self._forget_weights(netuid, uid)
         self.put("Keys", netuid, uid, value=hotkey)
         self.put("Uids", netuid, hotkey, value=uid)
         self.put("IsNetworkMember", hotkey, netuid, value=True)
@@ -180,3 +190,11 @@ class State:
             self.set_cell("LastUpdate", netuid, uid, block)
         if previous is None:
             self.put("SubnetworkN", netuid, value=uid + 1)
+
+    def _forget_weights(self, netuid: int, uid: int) -> None:
+        """Drop the weights that a uid's neuron has set, and those set for it."""
+        self.ledger.delete("SubtensorModule", "Weights", [netuid, uid])
+        for keys, row in self.ledger.scan("SubtensorModule", "Weights", [netuid]):
+            kept = [[dest, 0 if dest == uid else weight] for dest, weight in row]
+            if kept != row:
+                self.put("Weights", netuid, *keys, value=kept)

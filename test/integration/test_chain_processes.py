@@ -207,9 +207,10 @@ def test_show_prints_a_table(
     assert main(["show", *flags]) == 0
     heading, columns, row = capsys.readouterr().out.splitlines()
     assert "netuid 10, block " in heading
-    assert columns.split() == ["uid", "hotkey", "coldkey", "stake", "permit", "axon"]
+    named = ["uid", "hotkey", "coldkey", "stake", "permit", "incentive", "updated", "axon"]
+    assert columns.split() == named
     assert row.split()[0] == "0"
-    assert row.split()[3:] == ["0.000", "no", "-"]
+    assert row.split()[3:] == ["0.000", "no", "0.0000", "-", "-"]
 
 
 def test_help_needs_neither_a_chain_nor_a_wallet(capsys: pytest.CaptureFixture[str]) -> None:

@@ -199,6 +199,7 @@ def test_the_services_view_of_a_neuron(tmp_path: Path) -> None:
                     port=8091,
                     stake_tao=12.5,
                     validator_permit=True,
+                    registered_at_block=1,
                 ),
             )
 
