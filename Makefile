@@ -7,10 +7,14 @@ BENCH_STAMP := $(VENV)/.bench-installed
 HIVEMIND := .venv-hivemind
 RESULTS := bench/results
 
-.PHONY: demo test slow lint types fmt clean bench bench-shaped bench-hivemind bench-scaling bench-micro bench-trust
+.PHONY: demo demo-incentive test slow lint types fmt clean bench bench-shaped bench-hivemind bench-scaling bench-micro bench-trust simulate
 
 demo: $(STAMP)
 	$(PY) -m mapreduce.demo
+
+# Miners behind known links, one of them a liar, and what the chain pays them.
+demo-incentive: $(STAMP)
+	$(PY) -m mapreduce.demo_incentive
 
 test: $(STAMP)
 	$(PY) -m pytest -m "not slow"
@@ -42,6 +46,10 @@ bench-micro: $(BENCH_STAMP)
 # What hashing, signing and sampling cost. As root also over shaped links.
 bench-trust: $(BENCH_STAMP)
 	$(PY) -m bench.trust --json $(RESULTS)/trust.json
+
+# The incentive over hundreds of windows: what each kind of party earns, beside the promises.
+simulate: $(BENCH_STAMP)
+	$(PY) -m bench.simulate --json $(RESULTS)/simulate.json --png $(RESULTS)/simulate.png
 
 # hivemind has other dependencies than this package: it gets an environment of its own, and then
 # takes part in the benchmarks above.
