@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import sqlite3
-import stat
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -15,7 +12,8 @@ import pytest
 from mapreduce.errors import LocalError
 from mapreduce.store import ledger as ledger_module
 from mapreduce.store.ledger import (
-    SCHEMA_VERSION,
+    KEEP_ENTRIES_S,
+    KEEP_JOBS_S,
     DisputeEntry,
     Ledger,
     ProofEntry,
@@ -45,10 +43,11 @@ def add_proof(
     *,
     role: str = "miner",
     who: str = "m0",
+    job: str = "j",
     data: bytes = b"evidence",
 ) -> bool:
     return ledger.add_proof(
-        proof_id, kind="F1", role=role, culprit=who, job="j", step=7, segment=3, data=data, now=now
+        proof_id, kind="F1", role=role, culprit=who, job=job, step=7, segment=3, data=data, now=now
     )
 
 
@@ -183,64 +182,62 @@ def test_everything_is_there_after_a_restart(path: Path) -> None:
         assert len(second.disputes()) == 1
 
 
-def test_the_files_are_for_the_user_alone(path: Path) -> None:
-    mask = os.umask(0)
-    try:
-        with Ledger.open(path) as ledger:
-            add_proof(ledger, "a", 1.0)
-            files = sorted(path.parent.iterdir())
-            assert [file.name.removeprefix(path.name) for file in files] == ["", "-shm", "-wal"]
-            assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
-    finally:
-        os.umask(mask)
+def test_entries_and_proofs_of_one_job_are_read_alone(ledger: Ledger) -> None:
+    for job in ("j", "k"):
+        for at in (1.0, 2.0):
+            ledger.add_unavailable(
+                role="peer", hotkey="p0", job=job, step=1, segment=2, what=job, now=at
+            )
+            add_proof(ledger, f"{job}{at}", at, job=job)
+    assert [(entry.job, entry.at) for entry in ledger.unavailable(job="k")] == [
+        ("k", 1.0),
+        ("k", 2.0),
+    ]
+    assert [entry.at for entry in ledger.unavailable(2.0, job="j")] == [2.0]
+    assert [entry.id for entry in ledger.proofs(job="k")] == ["k1.0", "k2.0"]
+    assert [entry.id for entry in ledger.proofs(2.0, job="j")] == ["j2.0"]
+    assert ledger.unavailable(job="other") == []
+    assert ledger.proofs(job="other") == []
 
 
-def test_a_newer_schema_is_refused(path: Path) -> None:
-    Ledger.open(path).close()
-    newer = SCHEMA_VERSION + 1
-    raw = sqlite3.connect(path)
-    assert raw.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
-    raw.execute(f"PRAGMA user_version = {newer}")
-    raw.close()
-    with pytest.raises(LocalError, match=rf"{path}.* {newer}, .* {SCHEMA_VERSION};"):
-        Ledger.open(path)
+def test_old_jobs_go_when_one_comes(ledger: Ledger) -> None:
+    ledger.add_job("a", "first", 0.0)
+    ledger.add_job("b", "second", KEEP_JOBS_S)
+    assert (ledger.job("a"), ledger.job("b")) == ("first", "second")
+    ledger.add_job("b", "third", KEEP_JOBS_S + 1.0)
+    assert (ledger.job("a"), ledger.job("b")) == (None, "third")
 
 
-def test_other_files_are_refused_and_left_alone(tmp_path: Path) -> None:
-    garbage = tmp_path / "garbage"
-    garbage.write_bytes(b"no database at all" * 100)
-    foreign = tmp_path / "foreign"
-    raw = sqlite3.connect(foreign)
-    raw.execute("CREATE TABLE t (x)")
-    raw.close()
-    for file in (garbage, foreign):
-        before = file.read_bytes()
-        with pytest.raises(LocalError, match=str(file)):
-            Ledger.open(file)
-        assert file.read_bytes() == before
-    for impossible in (tmp_path, garbage / "ledger.sqlite"):
-        with pytest.raises(LocalError, match=str(impossible)):
-            Ledger.open(impossible)
-
-
-def test_a_locked_file_and_a_full_disk_are_named(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+def test_old_entries_go_a_bounded_number_at_a_time(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger_module, "_BUSY_S", 0.0)
-    with Ledger.open(path) as ledger:
-        add_proof(ledger, "a", 1.0)
-        other = sqlite3.connect(path, isolation_level=None)
-        other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(LocalError, match=rf"{path}.*locked"):
-            add_proof(ledger, "b", 2.0)
-        other.close()
-        ((pages,),) = ledger._execute("PRAGMA page_count")
-        ledger._execute(f"PRAGMA max_page_count = {pages}")
-        with pytest.raises(LocalError, match=rf"{path}.*full"):
-            add_proof(ledger, "b", 2.0, data=bytes(100_000))
-        assert [entry.id for entry in ledger.proofs()] == ["a"]  # nothing by halves
-        ledger._execute("PRAGMA max_page_count = 1000000")
-        assert add_proof(ledger, "b", 3.0)
+    monkeypatch.setattr(ledger_module, "_PRUNED", 2)
+    for at in (1.0, 2.0, 3.0):
+        add_unavailable(ledger, "peer", "p0", at)
+        add_dispute(ledger, "p0", f"m{at}", at)
+    add_proof(ledger, "a", 1.0)
+    now = KEEP_ENTRIES_S + 3.0
+    assert [ledger.prune(now, 0.0) for _ in range(3)] == [2, 2, 0]
+    assert [entry.at for entry in ledger.unavailable()] == [3.0]
+    assert [entry.at for entry in ledger.disputes()] == [3.0]
+    assert ledger.proof("a") == b"evidence"
+
+
+def test_the_oldest_evidence_goes_but_neither_the_verdict_nor_what_a_ban_rests_on(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "KEEP_EVIDENCE", 2)
+    for number in range(5):
+        add_proof(ledger, f"id{number}", float(number))
+    entries = ledger.proofs()
+    assert ledger.prune(10.0, ban_s=8.5) == 2  # id2 is one too many, but young
+    assert [ledger.proof(entry.id) is None for entry in entries] == [True, True] + [False] * 3
+    assert ledger.banned(10.0, 8.5).keys() == {"m0"}
+    assert ledger.prune(10.0, ban_s=8.0) == 1  # as old as a ban: no ban rests on it
+    assert ledger.prune(99.0, ban_s=8.0) == 0
+    assert [ledger.proof(entry.id) is None for entry in entries] == [True] * 3 + [False] * 2
+    assert ledger.proofs() == entries
+    assert not add_proof(ledger, "id0", 50.0)
 
 
 WRITER = """
