@@ -119,8 +119,8 @@ class Lab:
 
 
 def host_of(number: int) -> Host:
-    """The lab's host number 1, 2, .. 254."""
-    return Host(f"10.90.1.{number}", f"h{number}")
+    """The lab's host number 1, 2, .. 254, each in a /24 of its own: neighbours share their pay."""
+    return Host(f"10.90.{number}.1", f"h{number}")
 
 
 def _run(command: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mapreduce.local import LocalSubnet, Place
 from mapreduce.processes import free_ports
@@ -13,13 +13,15 @@ if TYPE_CHECKING:
 
 
 class PlacedSubnet(LocalSubnet):
-    """A subnet whose miners are on the hosts of a site, and whose validator is on its driver.
+    """A subnet whose miners are on the hosts of a site, and whose validator is on its driver; bots
+    are where the peers are.
 
-    `verified=False`: miners and ranks neither hash nor sign (see `unverified.py`).
+    `verified=False`: miners and ranks neither hash nor sign (see `unverified.py`). `options` are
+    those of `LocalSubnet`.
     """
 
-    def __init__(self, site: Site, *, verified: bool = True) -> None:
-        super().__init__(miners=len(site.miners))
+    def __init__(self, site: Site, *, verified: bool = True, **options: Any) -> None:
+        super().__init__(miners=len(site.miners), **options)
         self.site = site
         self.verified = verified
 
@@ -30,6 +32,9 @@ class PlacedSubnet(LocalSubnet):
 
     def place(self, name: str) -> Place:
         role, _, number = name.partition("-")
+        if role == "bot":
+            host = self.site.peers[int(number) - 1]
+            return Place(prefix=host.prefix, ip=host.ip)
         return self.validator_place() if role == "validator" else self.miner_place(int(number))
 
     def validator_place(self) -> Place:

@@ -1,14 +1,13 @@
 """A whole subnet on this machine: `with LocalSubnet(miners=4) as subnet:`.
 
-Embedded chain, validator and miners as real OS processes with throw-away wallets and free ports,
-for tests and demonstrations. Knows how they are started, found ready and stopped; what they do is
-their own business.
+Embedded chain, validator, miners and benchmark bots as real OS processes with throw-away wallets
+and free ports, for tests and demonstrations. Knows how they are started, found ready and stopped;
+what they do is their own business.
 """
 
 from __future__ import annotations
 
 import asyncio
-import importlib
 import os
 import shutil
 import sys
@@ -16,13 +15,21 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from mapreduce.errors import InvalidArgument, JobClosed
-from mapreduce.processes import ChildProcess, spawn, stop_all
+from mapreduce.errors import InvalidArgument, JobClosed, Unavailable
+from mapreduce.local_chain import NETUID, WALLET, WALLETS, ChainTerms, network_of, prepare_chain
+from mapreduce.local_checkout import (
+    become_liar,
+    check_faults,
+    check_limits,
+    lying_miner,
+    open_link,
+)
+from mapreduce.processes import ChildProcess, free_port, spawn, stop_all
 from mapreduce.ranks import run_ranks
 
 if TYPE_CHECKING:
@@ -30,17 +37,19 @@ if TYPE_CHECKING:
 
     import bittensor as bt
 
+    from mapreduce.chain.metagraph import Metagraph
     from peer import Peer
 
 Result = TypeVar("Result")
 
-NETUID = 10
 READY_TIMEOUT_S = 60.0
 STOP_GRACE_S = 5.0
-VALIDATOR_STAKE_TAO = 1000.0
+POLL_INTERVAL_S = 0.1
 DEFAULT_BANDWIDTH = 1 << 30
-LIARS = "test.liars"
-_WALLET = "local"
+IP = "127.0.0.1"
+STRICT_IP = "127.0.0.2"  # the rules of a real chain refuse 127.0.0.1
+
+__all__ = ["NETUID", "LocalSubnet", "Place"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,76 +58,74 @@ class Place:
     listens on (port 0: any free one), `flags` are further flags for it alone."""
 
     prefix: tuple[str, ...] = ()
-    ip: str = "127.0.0.1"
+    ip: str = IP
     port: int = 0
     flags: tuple[str, ...] = ()
 
 
-def _check_faults(faults: Mapping[str, str], miners: int) -> None:
-    if not faults:
-        return
-    try:
-        known = importlib.import_module(LIARS).FAULTS
-    except ImportError:
-        raise InvalidArgument(
-            "faults are told by test/liars, which the installed package does not contain: run it "
-            "in a checkout of the repository"
-        ) from None
-    for name, fault in faults.items():
-        role, _, number = name.partition("-")
-        counts = number.isdecimal() and int(number) >= 1
-        if (
-            not counts
-            or role not in ("miner", "peer")
-            or (role == "miner" and int(number) > miners)
-        ):
-            raise InvalidArgument(f"faults: there is no {name!r}")
-        if fault not in known or known[fault].by != role:
-            names = ", ".join(sorted(key for key, value in known.items() if value.by == role))
-            raise InvalidArgument(f"faults: a {role} cannot do {fault!r}; it can do {names}")
-
-
 class LocalSubnet:
-    """An embedded chain with one validator and `miners` miners, each a process of its own.
+    """An embedded chain with one validator, `miners` miners and `bots` benchmark bots, each a
+    process of its own.
 
     Args:
         miners: how many.
-        directory: where chain, wallets and logs go; a temporary one, removed at the end, by
-        default. block_time_s: of the embedded chain. validator_flags: further flags for
-        `neurons/validator.py`. miner_flags: further flags for each `neurons/miner.py`. faults: who
-        lies, and how: "miner-1", "miner-2", .. or "peer-1", .. (a rank of `run`) to a fault that
-        `test/liars` names; only in a checkout of the repository.
+        bots: how many benchmark bots work for the validator. strict: a chain with the rules of a
+        real one; everything listens on 127.0.0.2 then, and the start lasts until the validator's
+        permit. tempo: blocks from epoch to epoch. block_time_s: of the embedded chain.
+        own_coldkeys: each miner belongs to somebody else; otherwise all have one owner, who is paid
+        as one. directory: where chain, wallets and logs go; a temporary one, removed at the end, by
+        default. validator_flags: further flags for `neurons/validator.py`. miner_flags: further
+        flags for each `neurons/miner.py`. bot_flags: further flags for each `neurons/benchmark.py`.
+        limits: "miner-1", "miner-2", .. to bits per second, which the miner's link carries in each
+        direction. faults: who lies, and how: "miner-1", .. or "peer-1", .. (a rank of `run`) to a
+        fault that `test/liars` names. Both only in a checkout of the repository.
 
     Raises:
-        InvalidArgument: a count, a name or a fault that does not exist.
+        InvalidArgument: a count, a name, a rate or a fault that does not exist.
         ProcessDied: a process ended before it was ready; shows its last lines.
+        Unavailable: the chain has given the validator no permit.
     """
 
     def __init__(
         self,
         miners: int = 4,
         *,
-        directory: str | os.PathLike[str] | None = None,
+        bots: int = 0,
+        strict: bool = False,
+        tempo: int = 360,
         block_time_s: float = 0.25,
+        own_coldkeys: bool = False,
+        directory: str | os.PathLike[str] | None = None,
         validator_flags: Sequence[str] = (),
         miner_flags: Sequence[str] = (),
+        bot_flags: Sequence[str] = (),
+        limits: Mapping[str, float] | None = None,
         faults: Mapping[str, str] | None = None,
     ) -> None:
-        if miners < 0:
-            raise InvalidArgument(f"miners = {miners}: 0 or more")
+        for what, count in (("miners", miners), ("bots", bots)):
+            if count < 0:
+                raise InvalidArgument(f"{what} = {count}: 0 or more")
+        self.limits = dict(limits or {})
         self.faults = dict(faults or {})
-        _check_faults(self.faults, miners)
+        check_limits(self.limits, miners)
+        check_faults(self.faults, miners)
         self.miner_count = miners
+        self.bot_count = bots
         self.netuid = NETUID
         self.validator: ChildProcess | None = None
         self.miners: list[ChildProcess] = []
+        self.bots: list[ChildProcess] = []
         self.validator_uid = -1
+        self.miner_uids: list[int] = []
+        self._links: list[ChildProcess] = []
         self._keep = directory is not None
         self._given = directory
         self._directory: Path | None = None
-        self._block_time_s = block_time_s
+        self._terms = ChainTerms(block_time_s=block_time_s, strict=strict, tempo=tempo)
+        self._own_coldkeys = own_coldkeys
         self._validator_flags = tuple(validator_flags)
         self._miner_flags = tuple(miner_flags)
+        self._bot_flags = tuple(bot_flags)
 
     # Life ---------------------------------------------------------------------------------------
 
@@ -130,25 +137,33 @@ class LocalSubnet:
         self.stop()
 
     def start(self) -> None:
-        """Starts everything and returns when validator and miners are ready."""
+        """Starts everything and returns when validator and miners are ready, and the bots run."""
         self._directory = Path(self._given or tempfile.mkdtemp(prefix="mapreduce-")).absolute()
         try:
-            names = ["validator", *(f"miner-{i + 1}" for i in range(self.miner_count))]
-            uids = asyncio.run(self._prepare_chain(names))
-            self.validator_uid = uids[0]
-            self.validator = self._spawn("validator", names[0], self._validator_flags)
-            for name in names[1:]:
-                self.miners.append(self._spawn("miner", name, self._miner_flags))
-            self._wait_ready([self.validator, *self.miners], uids)
+            miners = _numbered("miner", self.miner_count)
+            bots = _numbered("bot", self.bot_count)
+            wallets = {name: self._wallet_name(name) for name in ("validator", *miners)}
+            uids, bot_hotkeys = asyncio.run(
+                prepare_chain(self._directory, self._terms, wallets, ["peer", *bots])
+            )
+            self.validator_uid, *self.miner_uids = uids
+            self._start_neurons(miners, bot_hotkeys[1:])
+            self._wait_for_permit()
+            uid = ("--validator.uid", str(self.validator_uid))
+            for name in bots:
+                self.bots.append(self._spawn("benchmark", name, (*uid, *self._bot_flags)))
+            self.check()
         except BaseException:
             self.stop()
             raise
 
     def stop(self) -> None:
         """Stops every process and removes what is temporary. Idempotent."""
-        children = [child for child in (*self.miners, self.validator) if child is not None]
-        self.miners, self.validator = [], None
-        stop_all(children, STOP_GRACE_S)
+        neurons = [child for child in (*self.miners, self.validator) if child is not None]
+        bots, links = self.bots, self._links
+        self.bots, self.miners, self.validator, self._links = [], [], None, []
+        for children in (bots, neurons, links):  # from those that speak to those that listen
+            stop_all(children, STOP_GRACE_S)
         if self._directory is not None and not self._keep:
             shutil.rmtree(self._directory, ignore_errors=True)
         self._directory = None
@@ -168,77 +183,78 @@ class LocalSubnet:
     @property
     def network(self) -> str:
         """What to give as `--subtensor.network` or `Peer(network=...)`."""
-        return f"embedded:{self.directory / 'chain.sqlite'}"
+        return network_of(self.directory)
 
     def wallet(self, hotkey: str = "peer") -> bt.Wallet:
         """A throw-away wallet of this subnet; `peer` belongs to nobody who is registered."""
         from mapreduce.chain.wallets import load_wallet
 
-        return load_wallet(_WALLET, hotkey, str(self.directory / "wallets"))
+        return load_wallet(self._wallet_name(hotkey), hotkey, str(self.directory / WALLETS))
 
     def check(self) -> None:
-        """Raises ProcessDied, with its last lines, if a neuron has ended."""
-        for child in (self.validator, *self.miners):
+        """Raises ProcessDied, with its last lines, if one of the processes has ended."""
+        for child in (self.validator, *self.miners, *self.bots, *self._links):
             if child is not None:
                 child.check_alive()
 
-    async def _prepare_chain(self, names: list[str]) -> list[int]:
-        """Makes the chain and a registered hotkey per name; stakes on the first.
-
-        Returns the uids.
-        """
-        from mapreduce.chain import open_chain
-        from mapreduce.chain.actions import add_stake, register_hotkey
-        from mapreduce.chain.embedded import create_chain
-        from mapreduce.chain.wallets import create_wallet
-
-        wallets = str(self.directory / "wallets")
-        create_chain(self.directory / "chain.sqlite", block_time_s=self._block_time_s)
-        create_wallet(wallets, _WALLET, "peer")
-        uids = []
-        async with open_chain(self.network) as client:
-            for name in names:
-                wallet = create_wallet(wallets, _WALLET, name)
-                uids.append(await register_hotkey(client, wallet, NETUID))
-                if name == "validator":
-                    await add_stake(client, wallet, NETUID, VALIDATOR_STAKE_TAO)
-        return uids
+    def _wallet_name(self, name: str) -> str:
+        return name if self._own_coldkeys and name.startswith("miner-") else WALLET
 
     def place(self, name: str) -> Place:
         """Where the neuron `name` runs; for subclasses that put each into a network of its own."""
-        return Place()
+        return Place(ip=STRICT_IP if self._terms.strict else IP)
 
     def program(self, role: str, name: str) -> tuple[str, ...]:
         """What Python runs as this neuron, for subclasses that run something else."""
         fault = self.faults.get(name)
-        return ("-m", f"neurons.{role}") if fault is None else ("-m", f"{LIARS}.miners", fault)
+        return ("-m", f"neurons.{role}") if fault is None else lying_miner(fault)
+
+    def _start_neurons(self, miners: Sequence[str], bot_hotkeys: Sequence[str]) -> None:
+        """Starts validator and miners, and waits until they answer."""
+        flags = ["--validator.state", str(self.state_path)]
+        if bot_hotkeys:
+            flags += ["--benchmark_hotkeys", ",".join(bot_hotkeys)]
+        self.validator = self._serving("validator", "validator", (*flags, *self._validator_flags))
+        for name in miners:
+            self.miners.append(self._serving("miner", name, self._miner_flags))
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        uids = (self.validator_uid, *self.miner_uids)
+        for child, uid in zip((self.validator, *self.miners), uids, strict=True):
+            child.wait_ready(partial(self._answers, uid), max(0.1, deadline - time.monotonic()))
+
+    def _serving(self, role: str, name: str, flags: Sequence[str]) -> ChildProcess:
+        """Starts what listens, behind its link if it has one."""
+        place = self.place(name)
+        if name in self.limits:
+            place = self._behind_link(name, place)
+        axon = ("--axon.ip", place.ip, "--axon.port", str(place.port))
+        return self._spawn(role, name, (*axon, *place.flags, *flags))
+
+    def _behind_link(self, name: str, place: Place) -> Place:
+        """Starts the link of a limited miner; where the miner listens, and what it publishes."""
+        port = place.port or free_port(place.ip)
+        log, rate = self.directory / f"{name}.link.log", self.limits[name]
+        link, published = open_link(f"link of {name}", place.prefix, place.ip, port, rate, log)
+        self._links.append(link)
+        external = ("--axon.external_ip", place.ip, "--axon.external_port", str(published))
+        return replace(place, port=port, flags=(*place.flags, *external))
 
     def _spawn(self, role: str, name: str, flags: Sequence[str]) -> ChildProcess:
-        place = self.place(name)
         argv = [
-            *place.prefix,
+            *self.place(name).prefix,
             sys.executable,
             *self.program(role, name),
             *("--subtensor.network", self.network),
             *("--netuid", str(NETUID)),
-            *("--wallet.name", _WALLET),
+            *("--wallet.name", self._wallet_name(name)),
             *("--wallet.hotkey", name),
-            *("--wallet.path", str(self.directory / "wallets")),
-            *("--axon.ip", place.ip),
-            *("--axon.port", str(place.port)),
-            *(("--validator.state", str(self.state_path)) if role == "validator" else ()),
-            *place.flags,
+            *("--wallet.path", str(self.directory / WALLETS)),
             *flags,
         ]
         # The caller's BT_* variables and configuration file are none of this subnet's.
         env = {key: value for key, value in os.environ.items() if not key.startswith("BT_")}
         log_path = self.directory / f"{name}.log"
         return spawn(name, argv, env=env, log_path=log_path)
-
-    def _wait_ready(self, children: Sequence[ChildProcess], uids: Sequence[int]) -> None:
-        deadline = time.monotonic() + READY_TIMEOUT_S
-        for child, uid in zip(children, uids, strict=True):
-            child.wait_ready(partial(self._answers, uid), max(0.1, deadline - time.monotonic()))
 
     def _answers(self, uid: int) -> bool:
         ip, port = self.axon(uid)
@@ -250,18 +266,39 @@ class LocalSubnet:
         except (urllib.error.URLError, OSError):
             return False
 
-    def axon(self, uid: int) -> tuple[str | None, int | None]:
-        """Where a neuron of this subnet listens, as its chain says; (None, None) if it serves
-        nothing."""
+    def _wait_for_permit(self) -> None:
+        """Without it no miner serves the validator's jobs."""
+        deadline = time.monotonic() + self._terms.permit_timeout_s
+        while True:
+            metagraph = self.metagraph()
+            neuron = metagraph.by_uid(self.validator_uid)
+            if neuron is not None and neuron.validator_permit:
+                return
+            self.check()
+            if time.monotonic() > deadline:
+                stake = "not registered" if neuron is None else f"{neuron.stake_tao:g} TAO staked"
+                raise Unavailable(
+                    f"the chain has given the validator no permit by block {metagraph.block}, with "
+                    f"{stake} and an epoch every {self._terms.tempo} blocks"
+                )
+            time.sleep(POLL_INTERVAL_S)
+
+    def metagraph(self) -> Metagraph:
+        """The neurons of this subnet, as its chain says."""
         from mapreduce.chain import open_chain
         from mapreduce.chain.metagraph import fetch_metagraph
 
-        async def read() -> tuple[str | None, int | None]:
+        async def read() -> Metagraph:
             async with open_chain(self.network) as client:
-                neuron = (await fetch_metagraph(client, NETUID)).by_uid(uid)
-                return (None, None) if neuron is None else (neuron.ip, neuron.port)
+                return await fetch_metagraph(client, NETUID)
 
         return asyncio.run(read())
+
+    def axon(self, uid: int) -> tuple[str | None, int | None]:
+        """Where a neuron of this subnet listens, as its chain says; (None, None) if it serves
+        nothing."""
+        neuron = self.metagraph().by_uid(uid)
+        return (None, None) if neuron is None else (neuron.ip, neuron.port)
 
     # Peers --------------------------------------------------------------------------------------
 
@@ -312,7 +349,7 @@ class LocalSubnet:
             "network": self.network,
             "netuid": self.netuid,
             "validator_uid": self.validator_uid,
-            "wallets": str(self.directory / "wallets"),
+            "wallets": str(self.directory / WALLETS),
             "faults": self.faults,
         }
 
@@ -329,10 +366,14 @@ def _run_peer(
     from mapreduce.chain.wallets import load_wallet
     from peer import Peer
 
-    wallet = load_wallet(_WALLET, "peer", subnet["wallets"])
+    wallet = load_wallet(WALLET, "peer", subnet["wallets"])
     fault = subnet["faults"].get(f"peer-{rank}")
     if fault is not None:
-        importlib.import_module(f"{LIARS}.peers").install(fault)
+        become_liar(fault)
     place = (wallet, subnet["validator_uid"], subnet["netuid"], subnet["network"])
     with Peer(rank, peer_count, bandwidth, *place, **options) as peer:
         return fn(peer)
+
+
+def _numbered(role: str, count: int) -> list[str]:
+    return [f"{role}-{number}" for number in range(1, count + 1)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -28,6 +29,7 @@ from mapreduce.config.roles import (
     check_frame,
 )
 from mapreduce.config.sources import Source, gather
+from mapreduce.core.scoring_config import ScoringConfig
 from mapreduce.errors import ConfigError, LocalError, MapReduceError
 
 if TYPE_CHECKING:
@@ -189,12 +191,16 @@ def _validator(settings: Settings) -> ValidatorConfig:
     # Keys that a later release acts on must not look as if this one did.
     unused = [
         f"{key} = {settings[key].value!r} has no effect in this version"
-        for key in ("auto_update", "benchmark_hotkeys", "max_bandwidth")
-        if settings[key].source is not Source.DEFAULT and settings[key].value not in ("no", ())
+        for key in ("auto_update",)
+        if settings[key].source is not Source.DEFAULT and settings[key].value != "no"
     ]
     return ValidatorConfig(
         max_bandwidth_bits_per_s=settings["max_bandwidth"].value,
         benchmark_hotkeys=settings["benchmark_hotkeys"].value,
+        benchmark_s=settings["benchmark.seconds"].value,
+        benchmark_bytes_per_day=settings["benchmark.bytes_per_day"].value,
+        scoring=_scoring(settings),
+        sets_weights=not settings["neuron.disable_set_weights"].value,
         auto_update=settings["auto_update"].value,
         join_timeout_s=settings["validator.join_timeout"].value,
         window_bytes=window.value,
@@ -207,6 +213,18 @@ def _validator(settings: Settings) -> ValidatorConfig:
         logging=_logging(settings),
         warnings=(*_warnings(settings), *unused),
     )
+
+
+def _scoring(settings: Settings) -> ScoringConfig:
+    try:
+        return ScoringConfig(
+            **{
+                known.name: settings[f"scoring.{known.name}"].value
+                for known in fields(ScoringConfig)
+            }
+        )
+    except ValueError as error:  # two that are allowed alone, but not together
+        raise ConfigError(f"scoring: {error}") from None
 
 
 def _chain(settings: Settings) -> ChainConfig:

@@ -106,10 +106,15 @@ class Seconds:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """A part of a whole, from nothing to all of it."""
+class Number:
+    """Any number in a range."""
 
-    allowed: str = "a number from 0 to 1"
+    low: float
+    high: float
+
+    @property
+    def allowed(self) -> str:
+        return f"a number from {self.low:g} to {self.high:g}"
 
     def from_text(self, text: str) -> float:
         return self.check(float(text))
@@ -117,9 +122,12 @@ class Share:
     def check(self, value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError
-        if not 0 <= value <= 1:  # also false for NaN
+        if not self.low <= value <= self.high:  # also false for NaN
             raise ValueError
         return float(value)
+
+
+SHARE = Number(0, 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,17 +7,18 @@ dataclasses in `roles.py` all come from `OPTIONS`. Knows nothing of where a valu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 from mapreduce.config.kinds import (
+    SHARE,
     FilePath,
     Hotkeys,
     IpAddress,
     Network,
     NotAllowed,
+    Number,
     Seconds,
-    Share,
     Switch,
     UpdateLevel,
     WalletName,
@@ -25,6 +26,7 @@ from mapreduce.config.kinds import (
 )
 from mapreduce.core.challenge import DEFAULT_BUDGET
 from mapreduce.core.partition import BLOCK_BYTES
+from mapreduce.core.scoring_config import ScoringConfig
 from mapreduce.errors import ConfigError
 from mapreduce.wire.terms import MAX_FRAME_BYTES, MAX_WINDOW_BYTES
 
@@ -66,6 +68,8 @@ _WALLET = "wallet"
 _AXON = "axon (the one TCP port this process serves on)"
 _MINER = "miner"
 _VALIDATOR = "validator"
+_BENCHMARKS = "benchmarks (how miners are measured)"
+_SCORING = "scoring (validators of one subnet should agree on these)"
 _PEER = "peer"
 _LOGGING = "logging"
 
@@ -182,19 +186,37 @@ _TABLE = (
         key="max_bandwidth",
         # The lower bound catches "10" written for 10 Gbit/s.
         kind=Whole(1_000_000, 10**15, unit="bits per second"),
-        group=_VALIDATOR,
+        group=_BENCHMARKS,
         default=10737418240,
         roles=VALIDATOR,
-        help="bits per second of all benchmark bots together (not acted on yet)",
+        help="bits per second that all benchmark bots together can carry, and will not exceed; "
+        "miners above its part by scoring.capacity_ratio are not told apart",
     ),
     Option(
         key="benchmark_hotkeys",
         kind=Hotkeys(),
-        group=_VALIDATOR,
+        group=_BENCHMARKS,
         default=(),
         default_text="none",
         roles=VALIDATOR,
         help="ss58 hotkeys of the benchmark bots: a list in the file, commas between them here",
+    ),
+    Option(
+        key="benchmark.seconds",
+        kind=Seconds(300),
+        group=_BENCHMARKS,
+        default=10.0,
+        roles=VALIDATOR,
+        help="seconds that the miners of one benchmark are kept busy",
+    ),
+    Option(
+        key="benchmark.bytes_per_day",
+        kind=Whole(0, 10**18, unit="bytes", sizes=True),
+        group=_BENCHMARKS,
+        default=2 * 10**12,
+        roles=VALIDATOR,
+        help="bytes, in and out of all bots together, that benchmarks may take in 24 hours; 0: "
+        "nothing is measured",
     ),
     Option(
         key="auto_update",
@@ -234,7 +256,7 @@ _TABLE = (
     ),
     Option(
         key="validator.audit_budget",
-        kind=Share(),
+        kind=SHARE,
         group=_VALIDATOR,
         alias="--audit_budget",
         default=DEFAULT_BUDGET,
@@ -249,7 +271,16 @@ _TABLE = (
         alias="--state",
         default_text="~/.mapreduce/HOTKEY.sqlite",
         roles=VALIDATOR,
-        help="the file with proofs of lies, disputes and jobs; kept from run to run",
+        help="the file with measurements, scores, proofs of lies and jobs; kept from run to run",
+    ),
+    Option(
+        key="neuron.disable_set_weights",
+        kind=Switch(),
+        group=_VALIDATOR,
+        default=False,
+        default_text="weights are set",
+        roles=VALIDATOR,
+        help="a dry run: log the weights instead of setting them on the chain",
     ),
     Option(
         key="validator.uid",
@@ -292,7 +323,21 @@ _TABLE = (
     ),
 )
 
-OPTIONS = {option.key: option for option in _TABLE}
+_SCORES = tuple(
+    Option(
+        key=f"scoring.{constant.name}",
+        kind=Whole(constant.metadata["low"], constant.metadata["high"])
+        if isinstance(constant.default, int)
+        else Number(constant.metadata["low"], constant.metadata["high"]),
+        group=_SCORING,
+        default=constant.default,
+        roles=VALIDATOR,
+        help=constant.metadata["help"],
+    )
+    for constant in fields(ScoringConfig)
+)
+
+OPTIONS = {option.key: option for option in (*_TABLE, *_SCORES)}
 
 
 def options_of(role: Role) -> dict[str, Option]:

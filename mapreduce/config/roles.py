@@ -13,6 +13,7 @@ from typing import Literal
 
 from mapreduce.config.options import check
 from mapreduce.core.challenge import DEFAULT_BUDGET
+from mapreduce.core.scoring_config import ScoringConfig
 from mapreduce.errors import ConfigError
 
 Level = Literal["info", "debug", "trace"]
@@ -104,10 +105,15 @@ class MinerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidatorConfig:
-    """A validator. `max_bandwidth_bits_per_s` is what all its bots carry together."""
+    """A validator. `max_bandwidth_bits_per_s` is what all its bots carry together, at most
+    `benchmark_bytes_per_day`; `sets_weights` False is a dry run."""
 
     max_bandwidth_bits_per_s: int = 10737418240
     benchmark_hotkeys: tuple[str, ...] = ()
+    benchmark_s: float = 10.0
+    benchmark_bytes_per_day: int = 2 * 10**12
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    sets_weights: bool = True
     auto_update: AutoUpdate = "no"
     join_timeout_s: float = 60.0
     window_bytes: int = 4 * 2**20
@@ -123,6 +129,8 @@ class ValidatorConfig:
     def __post_init__(self) -> None:
         check("max_bandwidth", self.max_bandwidth_bits_per_s)
         check("benchmark_hotkeys", self.benchmark_hotkeys)
+        check("benchmark.seconds", self.benchmark_s)
+        check("benchmark.bytes_per_day", self.benchmark_bytes_per_day)
         check("auto_update", self.auto_update)
         check("validator.join_timeout", self.join_timeout_s)
         check("validator.window_bytes", self.window_bytes)

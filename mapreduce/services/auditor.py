@@ -7,6 +7,7 @@ Knows routes, the ledger and what a verdict is called there. Does not know how a
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import time
 from collections import Counter, OrderedDict, deque
@@ -43,8 +44,10 @@ from mapreduce.wire.proofs import (
 from mapreduce.wire.statements import Completion
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable, Mapping
 
+    from mapreduce.services.organic import Organic
+    from mapreduce.store.history import History, Known
     from mapreduce.store.ledger import Ledger
 
 MAX_LIVE_AUDITS = 64
@@ -68,10 +71,21 @@ class _Job:
 
 
 class Auditor:
-    """The routes that peers report to, over one ledger."""
+    """The routes that peers report to, over one ledger; what real jobs tell of their miners goes to
+    `organic`, and the `history` says who belongs together."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        history: History,
+        organic: Organic,
+        ban_s: float = BAN_S,
+    ) -> None:
         self._ledger = ledger
+        self._history = history
+        self._organic = organic
+        self._ban_s = ban_s
+        self._addresses: dict[str, str | None] = {}  # by proof
         self._jobs: OrderedDict[str, _Job] = OrderedDict()
 
     def add_routes(self, app: web.Application) -> None:
@@ -87,12 +101,33 @@ class Auditor:
         self._ledger.add_job(job, encode_message(granted).decode(), time.time())
 
     def banned(self) -> dict[str, str]:
-        """Hotkeys of miners that were proven to lie in the last days, with a proof's id."""
-        return self._ledger.banned(time.time(), BAN_S)
+        """Hotkeys of miners that were proven to lie in the last days, with a proof's id, and those
+        that share a coldkey or an address with one: a new key is no way out."""
+        proven = self._ledger.banned(time.time(), self._ban_s)
+        if not proven:
+            return proven
+        addresses = {hotkey: self._served_at(hotkey, proof) for hotkey, proof in proven.items()}
+        return spread(proven, addresses, self._history.known().values())
+
+    def _served_at(self, hotkey: str, proof: str) -> str | None:
+        """Where the miner lied, as the grant says: it can publish any address afterwards, to take
+        somebody else down with it."""
+        if proof not in self._addresses:
+            job = next((entry.job for entry in self._ledger.proofs() if entry.id == proof), "")
+            live = self._job(job)
+            miners = [] if live is None else live.grant.miners
+            self._addresses[proof] = next((m.ip for m in miners if m.hotkey == hotkey), None)
+        return self._addresses[proof]
 
     def excluded(self, job: str) -> list[str]:
         """What ranks of the job have not shown though they must be able to, in words."""
-        return sorted({entry.what for entry in self._ledger.unavailable() if entry.job == job})
+        return sorted({entry.what for entry in self._ledger.unavailable(job=job)})
+
+    def lost(self, job: str, rank: int, uids: list[int]) -> None:
+        """A rank (index) has lost these miners."""
+        live = self._job(job)
+        if live is not None and uids:
+            self._organic.lost(live.granted, live.grant, rank, uids)
 
     def flags(self) -> Flags:
         """Whom the disputes of the last day speak against, without a proof."""
@@ -105,14 +140,13 @@ class Auditor:
 
     # Routes -------------------------------------------------------------------------------------
 
-    def _caller(self, request: web.Request) -> tuple[_Job, int]:
-        """The job of the path, and the rank of who calls."""
-        name = request.match_info["job"]
+    def _job(self, name: str) -> _Job | None:
+        """A job that this validator has granted."""
         job = self._jobs.get(name)
         if job is None:
             kept = self._ledger.job(name)
             if kept is None:
-                raise Refused("no such job of this validator", code="no_such_job", status=404)
+                return None
             granted = decode_message(GrantedJob, kept)
             grant = decode_message(Grant, granted.signed.grant)
             budget = grant.audit_budget if granted.audit else 0.0
@@ -122,6 +156,13 @@ class Auditor:
         self._jobs.move_to_end(name)
         while len(self._jobs) > MAX_LIVE_AUDITS:
             self._jobs.popitem(last=False)
+        return job
+
+    def _caller(self, request: web.Request) -> tuple[_Job, int]:
+        """The job of the path, and the rank of who calls."""
+        job = self._job(request.match_info["job"])
+        if job is None:
+            raise Refused("no such job of this validator", code="no_such_job", status=404)
         if request[CALLER].address not in job.grant.session_keys:
             raise Refused("the job has no such peer", code="not_in_job", status=403)
         return job, job.grant.session_keys.index(request[CALLER].address)
@@ -134,6 +175,7 @@ class Auditor:
         for given in batch.completions:
             completion = Completion.from_content(bytes.fromhex(given.content))
             job.audit.completed(rank, completion, bytes.fromhex(given.signature))
+            self._organic.completed(job.granted, job.grant, completion)
         for dispute in batch.disputes:
             job.audit.check_dispute(rank, dispute)
             job.disputes[rank] += 1
@@ -283,3 +325,24 @@ class Auditor:
         member = job.granted.members[finding.rank]
         given = Delegation(hotkey=member.hotkey, signature=bytes.fromhex(member.delegation))
         return Claim(kind=claim.kind, statements=claim.statements, delegation=given)
+
+
+def spread(
+    proven: Mapping[str, str], addresses: Mapping[str, str | None], known: Collection[Known]
+) -> dict[str, str]:
+    """`proven` (hotkey to proof), and every hotkey of the same coldkey, or at one of the
+    `addresses` where the proven ones served. A loopback address tells nothing: a whole fleet may
+    share it."""
+    guilty: dict[str, str] = {}
+    for neuron in known:
+        if neuron.hotkey in proven:
+            guilty[neuron.coldkey] = proven[neuron.hotkey]
+    for hotkey, ip in addresses.items():
+        if ip is not None and not ipaddress.ip_address(ip).is_loopback:
+            guilty[ip] = proven[hotkey]
+    banned = dict(proven)
+    for neuron in known:
+        proof = guilty.get(neuron.coldkey) or guilty.get(neuron.ip or "")
+        if proof is not None:
+            banned.setdefault(neuron.hotkey, proof)
+    return banned

@@ -8,10 +8,8 @@ validator.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
-import random
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
@@ -21,18 +19,15 @@ from mapreduce import __version__
 from mapreduce.core.challenge import DEFAULT_BUDGET
 from mapreduce.errors import BadMessage, MapReduceError, Refused
 from mapreduce.net.auth import verify_signature
-from mapreduce.net.client import Remote, call
 from mapreduce.net.server import BODY, CALLER, json_response
 from mapreduce.services.grants import read_grant, sign_grant
 from mapreduce.services.lobby import Group, Lobby
+from mapreduce.services.recruiter import Chosen, Recruiter, Wanted
 from mapreduce.wire.messages import (
-    Accepted,
     Grant,
     GrantedJob,
     JobMember,
     JoinRequest,
-    MinerAddress,
-    MinerStatus,
     Report,
     ReportAnswer,
     SignedGrant,
@@ -42,18 +37,13 @@ from mapreduce.wire.statements import session_key_statement
 from mapreduce.wire.terms import Terms
 
 if TYPE_CHECKING:
-    import aiohttp
     from aiohttp import web
     from bittensor.sp_core import Keypair
 
     from mapreduce.services.auditor import Auditor
-    from mapreduce.services.neuron import Directory
+    from mapreduce.wire.messages import MinerAddress
 
 GRANT_LIFETIME_S = 3600.0
-STATUS_TIMEOUT_S = 3.0
-OFFER_TIMEOUT_S = 5.0
-OFFER_ROUNDS = 4
-FRESH_METAGRAPH_S = 2.0
 MAX_REMEMBERED_JOBS = 4096
 MAX_FAILED_STEPS = 64
 
@@ -86,16 +76,15 @@ class Coordinator:
         self,
         key: Keypair,
         netuid: int,
-        directory: Directory,
-        http: aiohttp.ClientSession,
+        recruiter: Recruiter,
         limits: Limits,
         auditor: Auditor,
     ) -> None:
         self.hotkey: str = key.ss58_address
         self._key = key
         self._netuid = netuid
-        self._directory = directory
-        self._http = http
+        self._recruiter = recruiter
+        self._chosen: dict[str, Chosen] = {}
         self._limits = limits
         self._auditor = auditor
         self._lobby = Lobby()
@@ -107,6 +96,15 @@ class Coordinator:
     def waiting_ranks(self) -> int:
         """How many ranks wait for others to join."""
         return self._lobby.waiting_ranks
+
+    def choose(self, name: str, miners: list[MinerAddress]) -> Chosen:
+        """The job that ranks join by this name is reduced by these miners, until `forget`."""
+        chosen = self._chosen[name] = Chosen(miners)
+        return chosen
+
+    def forget(self, name: str) -> None:
+        """Miners are no longer chosen for this name."""
+        self._chosen.pop(name, None)
 
     def add_routes(self, app: web.Application) -> None:
         app.router.add_post("/v1/join", self._join)
@@ -194,84 +192,31 @@ class Coordinator:
             self._settle(granted, Refused("no job: see this log", code="internal", status=500))
 
     async def _find_miners(self, group: Group) -> SignedGrant:
-        """A grant that all its miners have accepted; whoever refuses is replaced."""
-        wanted = group.first
-        refused: dict[str, str] = {}
-        for attempt in range(OFFER_ROUNDS):
-            if attempt:
-                await asyncio.sleep(random.uniform(0.05, 0.2))  # others may be offering too
-            miners = await self._pick(group, refused)
-            grant = self._make_grant(group, miners)
-            signed = sign_grant(self._key, grant)
-            answers = await asyncio.gather(*(self._offer(miner, signed) for miner in miners))
-            if not any(answers):
-                _log.info(
-                    "job granted",
-                    extra={
-                        "job": grant.job[:8],
-                        "peers": wanted.peer_count,
-                        "miners": [miner.uid for miner in miners],
-                    },
-                )
-                return signed
-            for miner, reason in zip(miners, answers, strict=True):
-                if reason is None:
-                    await self._release(miner, grant.job)
-                else:
-                    refused[miner.hotkey] = f"uid {miner.uid}: {reason}"
-        raise self._too_few(wanted.miner_count or 1, 0, list(refused.values()))
-
-    @staticmethod
-    def _too_few(needed: int, found: int, reasons: list[str]) -> Refused:
-        why = f"; not available: {'; '.join(reasons[:8])}" if reasons else ""
-        return Refused(
-            f"{needed} miner{'s are' if needed > 1 else ' is'} needed, {found} can take the "
-            f"job{why}",
-            code="too_few_miners",
-            status=503,
+        """A grant that all its miners have accepted. Raises Refused if they are too few."""
+        first = group.first
+        chosen = self._chosen.get(first.job)
+        wanted = Wanted(
+            peer_count=first.peer_count,
+            miner_count=first.miner_count,
+            miner_bytes=self._terms(group, 1).miner_bytes,
         )
 
-    async def _pick(self, group: Group, refused: dict[str, str]) -> list[MinerAddress]:
-        """The miners with the most room, as many as the job wants.
+        def make_grant(miners: list[MinerAddress]) -> tuple[str, SignedGrant]:
+            grant = self._make_grant(group, miners)
+            return grant.job, sign_grant(self._key, grant)
 
-        Raises Refused if they are too few.
-        """
-        wanted = group.first
-        metagraph = await self._directory.metagraph(FRESH_METAGRAPH_S)
-        candidates = [
-            MinerAddress(uid=n.uid, hotkey=n.hotkey, ip=n.ip, port=n.port)
-            for n in metagraph.neurons
-            if n.ip is not None and n.port and n.hotkey != self.hotkey and n.hotkey not in refused
-        ]
-        banned = self._auditor.banned()
-        reasons = list(refused.values())
-        reasons += [
-            f"uid {miner.uid}: proven to have lied (proof {banned[miner.hotkey]})"
-            for miner in candidates
-            if miner.hotkey in banned
-        ]
-        candidates = [miner for miner in candidates if miner.hotkey not in banned]
-        answers = await asyncio.gather(*(self._status(miner) for miner in candidates))
-        needed_bytes = self._terms(group, 1).miner_bytes
-        able: list[tuple[float, float, MinerAddress]] = []
-        for miner, status in zip(candidates, answers, strict=True):
-            if isinstance(status, str):
-                reasons.append(f"uid {miner.uid}: {status}")
-            elif status.jobs >= status.max_jobs:
-                reasons.append(f"uid {miner.uid}: all {status.max_jobs} jobs are taken")
-            elif status.memory_free_bytes < needed_bytes:
-                reasons.append(
-                    f"uid {miner.uid}: {status.memory_free_bytes / 2**20:.2f} MiB free of "
-                    f"{needed_bytes / 2**20:.2f} needed"
-                )
-            else:
-                load = status.jobs / status.max_jobs
-                able.append((load, random.random(), miner))
-        count = wanted.miner_count or min(wanted.peer_count, max(1, len(able)))
-        if len(able) < count:
-            raise self._too_few(count, len(able), reasons)
-        able.sort(key=lambda entry: entry[:2])
-        return [miner for _, _, miner in able[:count]]
+        job, signed, miners = await self._recruiter.recruit(wanted, make_grant, chosen)
+        if chosen is not None:
+            chosen.job = job
+        _log.info(
+            "job granted",
+            extra={
+                "job": job[:8],
+                "peers": first.peer_count,
+                "miners": [miner.uid for miner in miners],
+            },
+        )
+        return signed
 
     def _terms(self, group: Group, miner_count: int) -> Terms:
         wanted = group.first
@@ -304,59 +249,6 @@ class Coordinator:
             audit_budget=self._limits.audit_budget,
         )
 
-    # Miners -------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _remote(miner: MinerAddress) -> Remote:
-        return Remote(f"miner uid {miner.uid}", miner.hotkey, miner.ip, miner.port)
-
-    async def _status(self, miner: MinerAddress) -> MinerStatus | str:
-        remote = self._remote(miner)
-        try:
-            return await call(
-                self._http,
-                self._key,
-                remote,
-                "GET",
-                "/v1/status",
-                None,
-                MinerStatus,
-                timeout_s=STATUS_TIMEOUT_S,
-            )
-        except MapReduceError as error:
-            return str(error)
-
-    async def _offer(self, miner: MinerAddress, signed: SignedGrant) -> str | None:
-        """Why the miner refuses, None if it accepts."""
-        remote = self._remote(miner)
-        try:
-            await call(
-                self._http,
-                self._key,
-                remote,
-                "POST",
-                "/v1/jobs",
-                signed,
-                Accepted,
-                timeout_s=OFFER_TIMEOUT_S,
-            )
-        except MapReduceError as error:
-            return str(error)
-        return None
-
-    async def _release(self, miner: MinerAddress, job: str) -> None:
-        with contextlib.suppress(MapReduceError):  # an unused reservation expires by itself
-            await call(
-                self._http,
-                self._key,
-                self._remote(miner),
-                "DELETE",
-                f"/v1/jobs/{job}",
-                None,
-                Accepted,
-                timeout_s=OFFER_TIMEOUT_S,
-            )
-
     # Running jobs -------------------------------------------------------------------------------
 
     def _own_grant(self, request: web.Request, signed: SignedGrant) -> tuple[Grant, int]:
@@ -383,6 +275,7 @@ class Coordinator:
         grant, rank = self._own_grant(request, report.grant)
         if report.rank != rank:
             raise BadMessage(f"the report is of rank {report.rank + 1}, the caller {rank + 1}")
+        self._auditor.lost(grant.job, rank, report.lost_miners)
         outcome = self._outcomes.setdefault(grant.job, _Outcome())
         self._outcomes.move_to_end(grant.job)
         while len(self._outcomes) > MAX_REMEMBERED_JOBS:

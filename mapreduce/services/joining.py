@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from bittensor.sp_core import Keypair
 
+    from mapreduce.net.pacing import Pacer
+
 GRANTING_S = 30.0  # finding miners comes on top of waiting for ranks
 
 
@@ -43,9 +45,11 @@ async def open_job(
     audit: bool = True,
     proof_directory: Path = PROOF_DIRECTORY,
     join_timeout_s: float = 60.0,
+    pacer: Pacer | None = None,
 ) -> PeerJob:
     """Joins a job as `rank` (index from 0) and opens its streams. `audit`: the validator may see
-    samples of the data; proofs of lies go to files in `proof_directory`.
+    samples of the data; proofs of lies go to files in `proof_directory`; `pacer` bounds the rate at
+    which this peer uploads.
 
     Raises:
         ValidatorUnreachable: nobody answers at the validator's axon.
@@ -96,6 +100,7 @@ async def open_job(
             rank,
             audit=audit,
             proof_directory=proof_directory,
+            pacer=pacer,
         )
         try:
             await peer_job.connect()

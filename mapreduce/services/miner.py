@@ -199,25 +199,32 @@ class Miner:
             job.close("the miner is shutting down")
 
 
+async def add_miner(
+    neuron: Neuron, directory: Directory, config: MinerConfig, app: web.Application
+) -> None:
+    """A miner's routes on `app`. Raises LocalError if this machine cannot reduce exactly."""
+    check_subnormals()
+    started_at = psutil.Process().create_time()
+    miner = Miner(
+        neuron.key,
+        directory,
+        max_jobs=config.max_jobs,
+        memory_limit_bytes=config.memory_limit_bytes,
+        started_at=started_at,
+    )
+    # No job could be accepted before; most of it has passed with imports and the chain.
+    await asyncio.sleep(max(0.0, started_at + MAX_GRANT_AHEAD_S - time.time()))
+    miner.add_routes(app)
+
+
 async def run_miner(config: MinerConfig) -> None:
     """Serves as a miner until it is told to stop.
 
     Raises LocalError or Unavailable if it cannot start.
     """
-    check_subnormals()
-    started_at = psutil.Process().create_time()
     async with Neuron.open(config.chain, config.wallet, "miner") as neuron:
         uid = await neuron.require_uid()
         directory = Directory(neuron.client, config.chain.netuid)
-        miner = Miner(
-            neuron.key,
-            directory,
-            max_jobs=config.max_jobs,
-            memory_limit_bytes=config.memory_limit_bytes,
-            started_at=started_at,
-        )
-        # No job could be accepted before; most of it has passed with imports and the chain.
-        await asyncio.sleep(max(0.0, started_at + MAX_GRANT_AHEAD_S - time.time()))
         app = make_app(Verifier(neuron.hotkey), neuron.not_ready)
-        miner.add_routes(app)
+        await add_miner(neuron, directory, config, app)
         await neuron.serve(app, config.axon, uid)

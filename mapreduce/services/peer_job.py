@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from bittensor.sp_core import Keypair
 
     from mapreduce.core.reduce import ReduceOp
+    from mapreduce.net.pacing import Pacer
     from mapreduce.wire.bodies import TensorSpec
 
 PING_IDLE_S = 15.0  # keeps NAT entries alive between steps
@@ -78,6 +79,7 @@ class PeerJob:
         *,
         audit: bool = True,
         proof_directory: Path = PROOF_DIRECTORY,
+        pacer: Pacer | None = None,
     ) -> None:
         self.grant = grant
         self.rank = rank
@@ -108,12 +110,13 @@ class PeerJob:
         self._closing = False
         self._heard_of_fraud = False
         self._pump_due = False
+        self._pacer = pacer
         self._measuring: asyncio.TimerHandle
 
     # Opening and closing ------------------------------------------------------------------------
 
     async def connect(self) -> None:
-        """Opens one stream to every miner. Raises Unavailable or Refused, naming the miner."""
+        """Opens one stream to every miner. Raises MinerLost or Refused, naming the miner."""
         async with asyncio.TaskGroup() as group:
             for index in range(len(self.miners)):
                 group.create_task(self._connect(index))
@@ -129,11 +132,16 @@ class PeerJob:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 response = await connect_stream(self._http, remote, path, headers, stream)
         except TimeoutError:
-            raise Unavailable(
-                f"{remote} did not open a stream in {CONNECT_TIMEOUT_S:g} s"
-            ) from None
+            reason = f"{remote} did not open a stream in {CONNECT_TIMEOUT_S:g} s"
+            raise self._lost(index, reason) from None
+        except Unavailable as error:
+            raise self._lost(index, str(error)) from None
         self._responses.append(response)
         self._streams[index] = stream
+
+    def _lost(self, index: int, reason: str) -> MinerLost:
+        miner = self.grant.miners[index]
+        return MinerLost(miner.uid, miner.hotkey, index, reason)
 
     async def close(self, reason: str = "the peer is done") -> None:
         """Leaves the job; every socket is closed when it returns.
@@ -376,12 +384,19 @@ class PeerJob:
     def _pump(self, patient: bool = True) -> None:
         """Writes what the session has: control at once, data as the schedule says."""
         self._pump_due = False
-        session = self.session
-        sent = False
-        while (upload := session.next_upload(self._writable, patient=patient)) is not None:
+        session, pacer = self.session, self._pacer
+        sent, pause_s = False, 0.0
+        while True:
+            if pacer is not None and (pause_s := pacer.wait_s(self._loop.time())) > 0:
+                break
+            upload = session.next_upload(self._writable, patient=patient)
+            if upload is None:
+                break
             miner, pieces = upload
             stream = self._streams[miner]
             stream.write(*pieces)
+            if pacer is not None:
+                pacer.spend(sum(map(len, pieces)))
             if stream.writable:
                 session.flushed(miner)
             sent = True
@@ -392,7 +407,11 @@ class PeerJob:
             self._patience.cancel()
             self._patience = None
         step = session.step
-        if not sent and patient and step is not None and step.uploading:
+        if step is None or not step.uploading:
+            return
+        if pause_s > 0:
+            self._patience = self._loop.call_later(pause_s, self._pump)
+        elif not sent and patient:
             self._patience = self._loop.call_later(PATIENCE_S, self._pump, False)
 
     def _ping(self, miners: tuple[int, ...]) -> None:

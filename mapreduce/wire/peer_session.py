@@ -118,6 +118,7 @@ class PeerSession:
         trust = StepTrust(self.signatory, self._number, self.terms.miner_count)
         step = Step(self._number, op, root, trust)
         step.source = source
+        step.began_at = self._clock()
         self.step = step
         self._allocate = allocate
         opened = Open(op=op, root=root, tensor=tensor)

@@ -22,14 +22,21 @@ from mapreduce import __version__
 from mapreduce.chain.metagraph import Metagraph, Neuron
 from mapreduce.core.dtypes import dtype_from_numpy
 from mapreduce.core.reduce import ReduceOp
+from mapreduce.core.scoring import ScoringConfig
 from mapreduce.net.auth import Verifier, new_session_key, sign_request
 from mapreduce.net.client import Remote, make_http_session
 from mapreduce.net.server import VERSION_HEADER, make_app, start_server
 from mapreduce.services.auditor import Auditor
+from mapreduce.services.benchmarks import BenchmarkLimits, Benchmarks
+from mapreduce.services.bot import Bot
 from mapreduce.services.coordinator import Coordinator, Limits
 from mapreduce.services.grants import MAX_GRANT_AHEAD_S, sign_grant
 from mapreduce.services.joining import open_job
 from mapreduce.services.miner import Miner
+from mapreduce.services.organic import Organic
+from mapreduce.services.recruiter import Recruiter
+from mapreduce.store.database import Database
+from mapreduce.store.history import History
 from mapreduce.store.ledger import Ledger
 from mapreduce.wire.bodies import TensorSpec
 from mapreduce.wire.messages import Grant, MinerAddress, SignedGrant, encode_message
@@ -128,6 +135,7 @@ class Fleet:
             audit_budget=audit_budget,
         )
         self.jobs: list[PeerJob] = []
+        self.bots: dict[str, asyncio.Task[None]] = {}
         self.not_ready: str | None = None
         self._max_jobs = max_jobs
         self._memory_limit_bytes = memory_limit_bytes
@@ -136,7 +144,8 @@ class Fleet:
 
     async def __aenter__(self) -> Self:
         self.http = make_http_session()
-        self.ledger = Ledger.open(Path(self._files.name) / "state.sqlite")
+        self.database = Database.open(Path(self._files.name) / "state.sqlite")
+        self.ledger, self.history = Ledger(self.database), History(self.database)
         self.directory.add(self.validator_key.ss58_address, permit=True)
         await self.start_coordinator()
         for _ in range(self.miner_count):
@@ -144,11 +153,12 @@ class Fleet:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
+        await asyncio.gather(*(self.stop_bot(hotkey) for hotkey in self.bots))
         await asyncio.gather(*(job.close() for job in self.jobs))
         await self.stop_coordinator()
         await asyncio.gather(*(node.runner.cleanup() for node in self.miners))
         await self.http.close()
-        self.ledger.close()
+        self.database.close()
         self._files.cleanup()
 
     # Neurons ------------------------------------------------------------------------------------
@@ -156,13 +166,27 @@ class Fleet:
     async def start_coordinator(self, port: int = 0) -> None:
         """A coordinator that remembers nothing, with this fleet's key."""
         key = self.validator_key
-        self.auditor = Auditor(self.ledger)
-        self.coordinator = Coordinator(
-            key, NETUID, self.directory, self.http, self.limits, self.auditor
+        config = ScoringConfig()
+        self.organic = Organic(self.history, self.bots, config)
+        self.auditor = Auditor(self.ledger, self.history, self.organic)
+        self.recruiter = Recruiter(key, self.directory, self.http, self.auditor.banned)
+        self.coordinator = Coordinator(key, NETUID, self.recruiter, self.limits, self.auditor)
+        self.benchmarks = Benchmarks(
+            self.coordinator,
+            self.recruiter,
+            self.directory,
+            self.history,
+            BenchmarkLimits(
+                bots=frozenset(self.bots),
+                max_bytes_per_s=100e6,
+                bytes_per_day=10**15,
+                seconds=0.2,
+            ),
+            config,
         )
         app = make_app(Verifier(key.ss58_address), lambda: self.not_ready)
-        self.coordinator.add_routes(app)
-        self.auditor.add_routes(app)
+        for part in (self.coordinator, self.auditor, self.benchmarks):
+            part.add_routes(app)
         self._runner = await start_server(app, "127.0.0.1", port)
         self.validator = Remote(
             "validator uid 0", key.ss58_address, "127.0.0.1", self._runner.addresses[0][1]
@@ -185,6 +209,24 @@ class Fleet:
         uid = self.directory.add(key.ss58_address, port)
         self.miners.append(MinerNode(key, uid, miner, runner, port))
         return self.miners[-1]
+
+    async def add_bots(self, count: int) -> None:
+        """Bots that know this fleet's validator; it has to be started again to know them."""
+        for _ in range(count):
+            key = new_hotkey()
+
+            async def find() -> Remote:
+                return self.validator
+
+            task = asyncio.create_task(Bot(key, find, self.http, Path(self._files.name)).run())
+            self.bots[key.ss58_address] = task
+        port = self.validator.port
+        await self.stop_coordinator()
+        await self.start_coordinator(port)
+
+    async def stop_bot(self, hotkey: str) -> None:
+        self.bots[hotkey].cancel()
+        await asyncio.wait([self.bots[hotkey]])
 
     def connections(self) -> list[object]:
         """What aiohttp's table of the first miner holds."""

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
@@ -104,6 +104,67 @@ def test_a_subnet_that_cannot_start_says_why_and_leaves_nothing() -> None:
         _ = subnet.directory
     with pytest.raises(InvalidArgument):
         LocalSubnet(miners=-1)
+
+
+class IdleBots(LocalSubnet):
+    """A subnet whose bots only write down how they were started."""
+
+    def program(self, role: str, name: str) -> tuple[str, ...]:
+        if role != "benchmark":
+            return super().program(role, name)
+        return ("-c", "import sys, time; print(*sys.argv[1:], flush=True); time.sleep(600)")
+
+
+def test_bots_are_unregistered_hotkeys_that_their_validator_knows() -> None:
+    with IdleBots(miners=1, bots=2, bot_flags=["--logging.debug"]) as subnet:
+        bots = [subnet.wallet(f"bot-{number}").hotkey.ss58_address for number in (1, 2)]
+        metagraph = subnet.metagraph()
+        assert not any(metagraph.by_hotkey(bot) for bot in bots)
+        assert subnet.validator is not None
+        command = psutil.Process(subnet.validator.pid).cmdline()
+        assert command[command.index("--benchmark_hotkeys") + 1] == ",".join(bots)
+        subnet.bots[1].wait_ready(lambda: bool(subnet.bots[1].last_lines()))
+        (line,) = subnet.bots[1].last_lines()
+        uid = f"--validator.uid {subnet.validator_uid}"
+        assert line.endswith(f"--wallet.path {subnet.directory / 'wallets'} {uid} --logging.debug")
+        assert "--wallet.name local --wallet.hotkey bot-2" in line
+        os.kill(subnet.bots[0].pid, signal.SIGKILL)
+        assert subnet.bots[0].wait(5.0) is not None
+        with pytest.raises(ProcessDied, match="bot-1"):
+            subnet.check()
+    assert subnet.bots == []
+
+
+def test_a_strict_subnet_serves_jobs_through_limited_links_of_miners_with_owners() -> None:
+    limits = {"miner-1": 100e6, "miner-2": 50e6}
+    with LocalSubnet(2, strict=True, tempo=10, own_coldkeys=True, limits=limits) as subnet:
+        metagraph = subnet.metagraph()
+        validator = metagraph.by_uid(subnet.validator_uid)
+        assert validator is not None
+        assert validator.validator_permit
+        miners = [metagraph.neurons[uid] for uid in subnet.miner_uids]
+        assert {miner.ip for miner in miners} == {"127.0.0.2"}
+        assert len({miner.coldkey for miner in (validator, *miners)}) == 3
+        assert subnet.wallet("miner-1").hotkey.ss58_address == miners[0].hotkey
+        for number, miner in enumerate(miners, 1):  # what is published is the link's port
+            link = subnet.directory / f"miner-{number}.link.log"
+            assert link.read_text() == f"ready {miner.port}\n"
+        assert subnet.run(sum_of_ranks, 2) == [3.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bots": -1}, "bots = -1"),
+        ({"limits": {"miner-2": 1e6}}, "there is no 'miner-2'"),
+        ({"limits": {"peer-1": 1e6}}, "there is no 'peer-1'"),
+        ({"limits": {"miner-1": 0.0}}, "miner-1: 0.0 is no rate"),
+        ({"limits": {"miner-1": float("nan")}}, "is no rate"),
+    ],
+)
+def test_what_a_subnet_cannot_have_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgument, match=re.escape(message)):
+        LocalSubnet(1, **options)
 
 
 def test_a_neuron_that_dies_later_is_reported_with_its_last_lines() -> None:
@@ -273,6 +334,26 @@ def test_the_demo_fails_on_any_difference() -> None:
         assert not all(verdicts(wrong, ["a", "b"], [2.0, 0.5]).values())
     assert not all(verdicts([good, good], ["a", "x"], [2.0, 0.5]).values())
     assert not all(verdicts([good, good], ["a", "b"], [2.0, 0.51]).values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_incentives_demo_passes_and_writes_json(tmp_path: Path) -> None:
+    path = tmp_path / "demo.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "mapreduce.demo_incentive", "--json", str(path)],
+        cwd=ROOT,
+        env=CLEAN_ENV,
+        capture_output=True,
+        text=True,
+        timeout=390,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAIL" not in done.stdout
+    outcome = json.loads(path.read_text())
+    assert outcome["passed"]
+    assert [row["weight"] for row in outcome["rows"] if row["lies"]] == [0.0]
 
 
 # Neurons ------------------------------------------------------------------------------------------

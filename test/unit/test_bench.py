@@ -53,7 +53,7 @@ def test_what_every_rank_must_hold() -> None:
 
 def test_hosts_of_the_laboratory() -> None:
     host = host_of(7)
-    assert (host.ip, host.interface) == ("10.90.1.7", "eth0")
+    assert (host.ip, host.interface) == ("10.90.7.1", "eth0")
     assert host.prefix == ("ip", "netns", "exec", "h7")
     assert (LOOPBACK.prefix, LOOPBACK.interface) == ((), "lo")
 

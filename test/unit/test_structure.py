@@ -32,7 +32,10 @@ LAYERS = (
     ("mapreduce.services",),
     (
         "mapreduce.local",
+        "mapreduce.local_chain",
+        "mapreduce.local_checkout",
         "mapreduce.demo",
+        "mapreduce.demo_incentive",
         "mapreduce.verify",
         "peer",
         "neurons",
