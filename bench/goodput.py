@@ -37,7 +37,7 @@ def measured(site: Site, rates: tuple[float, ...], seconds: float, count: int) -
         *("--benchmark.seconds", str(seconds)),
         *("--max_bandwidth", str(int(BOTS * site_rate(rates) * 1e6))),
     )
-    with PlacedSubnet(site, bots=BOTS, own_coldkeys=True, validator_flags=flags) as subnet:
+    with PlacedSubnet(site, bots=BOTS, validator_flags=flags) as subnet:
         deadline = time.monotonic() + LONGEST_S
         while time.monotonic() < deadline:
             time.sleep(1.0)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from mapreduce.core.attribution import flagged
-from mapreduce.core.clusters import split
 from mapreduce.core.goodput import relative_rates
 from mapreduce.core.scoring import (
     Components,
@@ -173,8 +172,7 @@ class Subnet:
             if capacity and luck[index] >= miner.timeouts:
                 measured[hotkey] = capacity * math.exp(self._noise_sd * noise[line])
             latencies[hotkey] = LATENCY_S * math.exp(self._noise_sd * late[index])
-        shares = split({key: measured[key] for key in hired if key in measured}, self._clusters)
-        return {hotkey: shares.get(hotkey, 0.0) for hotkey in hired}, latencies
+        return {hotkey: measured.get(hotkey, 0.0) for hotkey in hired}, latencies
 
     def _real_jobs(self, hired: Sequence[str]) -> dict[str, dict[str, OwnerSeen]]:
         """What the owners' jobs of this window bring, by miner and owner. Each job has some of the

@@ -208,7 +208,6 @@ def run_demo(seconds: float) -> dict[str, Any]:
         bots=BOTS,
         strict=True,
         tempo=TEMPO,
-        own_coldkeys=True,
         limits=dict(zip(names, (rate * 1e6 for rate in LINKS_MBIT_PER_S), strict=True)),
         faults={f"miner-{LIAR}": FAULT},
         validator_flags=(

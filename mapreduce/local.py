@@ -65,15 +65,14 @@ class Place:
 
 class LocalSubnet:
     """An embedded chain with one validator, `miners` miners and `bots` benchmark bots, each a
-    process of its own.
+    process of its own; each miner belongs to another coldkey.
 
     Args:
         miners: how many.
         bots: how many benchmark bots work for the validator. strict: a chain with the rules of a
         real one; everything listens on 127.0.0.2 then, and the start lasts until the validator's
         permit. tempo: blocks from epoch to epoch. block_time_s: of the embedded chain.
-        own_coldkeys: each miner belongs to somebody else; otherwise all have one owner, who is paid
-        as one. directory: where chain, wallets and logs go; a temporary one, removed at the end, by
+        directory: where chain, wallets and logs go; a temporary one, removed at the end, by
         default. validator_flags: further flags for `neurons/validator.py`. miner_flags: further
         flags for each `neurons/miner.py`. bot_flags: further flags for each `neurons/benchmark.py`.
         limits: "miner-1", "miner-2", .. to bits per second, which the miner's link carries in each
@@ -94,7 +93,6 @@ class LocalSubnet:
         strict: bool = False,
         tempo: int = 360,
         block_time_s: float = 0.25,
-        own_coldkeys: bool = False,
         directory: str | os.PathLike[str] | None = None,
         validator_flags: Sequence[str] = (),
         miner_flags: Sequence[str] = (),
@@ -122,10 +120,10 @@ class LocalSubnet:
         self._given = directory
         self._directory: Path | None = None
         self._terms = ChainTerms(block_time_s=block_time_s, strict=strict, tempo=tempo)
-        self._own_coldkeys = own_coldkeys
         self._validator_flags = tuple(validator_flags)
         self._miner_flags = tuple(miner_flags)
         self._bot_flags = tuple(bot_flags)
+        self._bot_hotkeys: tuple[str, ...] = ()
 
     # Life ---------------------------------------------------------------------------------------
 
@@ -168,6 +166,16 @@ class LocalSubnet:
             shutil.rmtree(self._directory, ignore_errors=True)
         self._directory = None
 
+    def restart_validator(self) -> None:
+        """Ends the validator if it still runs, starts it again with its flags, port and state, and
+        returns when it is ready. Before, `validator.kill()` ends it as a crash would."""
+        if self.validator is None:
+            raise JobClosed("the subnet is not running")
+        self.validator.stop(STOP_GRACE_S)
+        _, port = self.axon(self.validator_uid)  # where its bots look for it
+        self.validator = self._start_validator(port or 0)
+        self.validator.wait_ready(partial(self._answers, self.validator_uid), READY_TIMEOUT_S)
+
     @property
     def directory(self) -> Path:
         """Where chain, wallets and logs are."""
@@ -198,7 +206,7 @@ class LocalSubnet:
                 child.check_alive()
 
     def _wallet_name(self, name: str) -> str:
-        return name if self._own_coldkeys and name.startswith("miner-") else WALLET
+        return name if name.startswith("miner-") else WALLET
 
     def place(self, name: str) -> Place:
         """Where the neuron `name` runs; for subclasses that put each into a network of its own."""
@@ -211,10 +219,8 @@ class LocalSubnet:
 
     def _start_neurons(self, miners: Sequence[str], bot_hotkeys: Sequence[str]) -> None:
         """Starts validator and miners, and waits until they answer."""
-        flags = ["--validator.state", str(self.state_path)]
-        if bot_hotkeys:
-            flags += ["--benchmark_hotkeys", ",".join(bot_hotkeys)]
-        self.validator = self._serving("validator", "validator", (*flags, *self._validator_flags))
+        self._bot_hotkeys = tuple(bot_hotkeys)
+        self.validator = self._start_validator()
         for name in miners:
             self.miners.append(self._serving("miner", name, self._miner_flags))
         deadline = time.monotonic() + READY_TIMEOUT_S
@@ -222,9 +228,16 @@ class LocalSubnet:
         for child, uid in zip((self.validator, *self.miners), uids, strict=True):
             child.wait_ready(partial(self._answers, uid), max(0.1, deadline - time.monotonic()))
 
-    def _serving(self, role: str, name: str, flags: Sequence[str]) -> ChildProcess:
-        """Starts what listens, behind its link if it has one."""
+    def _start_validator(self, port: int = 0) -> ChildProcess:
+        flags = ["--validator.state", str(self.state_path)]
+        if self._bot_hotkeys:
+            flags += ["--benchmark_hotkeys", ",".join(self._bot_hotkeys)]
+        return self._serving("validator", "validator", (*flags, *self._validator_flags), port)
+
+    def _serving(self, role: str, name: str, flags: Sequence[str], port: int = 0) -> ChildProcess:
+        """Starts what listens, behind its link if it has one; `port` goes before its place's."""
         place = self.place(name)
+        place = replace(place, port=port or place.port)
         if name in self.limits:
             place = self._behind_link(name, place)
         axon = ("--axon.ip", place.ip, "--axon.port", str(place.port))

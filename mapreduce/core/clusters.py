@@ -6,12 +6,11 @@ not prove anything: honest neighbours are a cluster too, and lose little by it.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Iterator, Mapping
+    from collections.abc import Hashable, Iterable, Iterator
 
 # What one customer easily gets of a provider; these hold the /32 and the /64 too.
 _PREFIX_BITS: Final = {4: 24, 6: 48}
@@ -38,21 +37,6 @@ def clusters(neurons: Iterable[tuple[str, str, str | None]]) -> dict[str, str]:
             low, high = sorted((_find(hotkey), _find(first.setdefault(sign, hotkey))))
             root[high] = low
     return {hotkey: _find(hotkey) for hotkey in root}
-
-
-def split(goodputs: Mapping[str, float], clusters: Mapping[str, str]) -> dict[str, float]:
-    """The goodputs of one slot, in which each cluster's total is split equally among its miners.
-
-    Only a slot in which a whole cluster is measured at once tells what it has together.
-    """
-    members = defaultdict(list)
-    for hotkey in goodputs:
-        members[clusters.get(hotkey, hotkey)].append(hotkey)
-    shares = {}
-    for hotkeys in members.values():
-        share = sum(sorted(goodputs[hotkey] for hotkey in hotkeys)) / len(hotkeys)
-        shares.update(dict.fromkeys(hotkeys, share))
-    return shares
 
 
 def _signs(coldkey: str, ip: str | None) -> Iterator[Hashable]:

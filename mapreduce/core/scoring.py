@@ -159,7 +159,7 @@ def _components(
     cap = min(limit_bytes_per_s, goodput * organic)
     if cap < goodput * organic:
         reasons.append(
-            f"paid up to the {limit_bytes_per_s * 8e-6:.0f} Mbit/s that bots can measure"
+            f"paid up to the {limit_bytes_per_s * 4e-6:.0f} Mbit/s each way that bots can measure"
         )
 
     reliable = reliability(standing, config)

@@ -107,7 +107,8 @@ def reliability(standing: Standing, config: ScoringConfig) -> float:
     """Share of jobs completed, by the bots' jobs or by the users', whichever is worse.
 
     Users are heard as the median of their owners, so that nobody alone can lower a miner, and with
-    some slack, so that chance does not; where two are the median the milder counts.
+    some slack, so that chance does not; where two are the median the milder counts. They can lower
+    a miner no further than to the floor: what they say is not proven, and must not end its pay.
     """
     prior = config.reliability_prior
     bots = _share(standing.completed + prior, standing.failed)
@@ -115,7 +116,7 @@ def reliability(standing: Standing, config: ScoringConfig) -> float:
     if len(views) < config.organic_owners:
         return bots
     users = median_high(_share(view.completed + prior, view.failed) for view in views)
-    return min(bots, config.organic_reliability_slack * users)
+    return min(bots, max(config.reliability_floor, config.organic_reliability_slack * users))
 
 
 def organic_ratio(standing: Standing, config: ScoringConfig) -> float | None:

@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     from mapreduce.store.ledger import Ledger
 
 MAX_LIVE_AUDITS = 64
-BAN_S = 7 * 86400.0  # after a proven lie (trust.md, section 9)
 DISPUTE_WINDOW_S = 86400.0
 MAX_DISPUTES = 64  # that one rank of a job can have kept: only distinct pairs count anyway
 
@@ -79,7 +78,7 @@ class Auditor:
         ledger: Ledger,
         history: History,
         organic: Organic,
-        ban_s: float = BAN_S,
+        ban_s: float,
     ) -> None:
         self._ledger = ledger
         self._history = history
@@ -123,6 +122,10 @@ class Auditor:
         """What ranks of the job have not shown though they must be able to, in words."""
         return sorted({entry.what for entry in self._ledger.unavailable(job=job)})
 
+    def prune(self, now: float) -> None:
+        """Lets go of what is too old to matter."""
+        self._ledger.prune(now, self._ban_s)
+
     def lost(self, job: str, rank: int, uids: list[int]) -> None:
         """A rank (index) has lost these miners."""
         live = self._job(job)
@@ -130,11 +133,14 @@ class Auditor:
             self._organic.lost(live.granted, live.grant, rank, uids)
 
     def flags(self) -> Flags:
-        """Whom the disputes of the last day speak against, without a proof."""
-        disputes = self._ledger.disputed(time.time() - DISPUTE_WINDOW_S)
+        """Whom the disputes of the last day speak against, without a proof: owners of peers, and
+        hotkeys of miners."""
+        owner = self._organic.owner
+        disputed = self._ledger.disputed(time.time() - DISPUTE_WINDOW_S)
+        disputes = [(owner(peer), miner) for peer, miner in disputed]
         peers, miners = {peer for peer, _ in disputes}, {miner for _, miner in disputes}
         for live in self._jobs.values():
-            peers.update(member.hotkey for member in live.granted.members)
+            peers.update(owner(member.hotkey) for member in live.granted.members)
             miners.update(miner.hotkey for miner in live.grant.miners)
         return flagged(disputes, len(peers), len(miners))
 
@@ -152,7 +158,7 @@ class Auditor:
             budget = grant.audit_budget if granted.audit else 0.0
             audit = JobAudit(job_keys(granted.signed, grant), budget)
             job = self._jobs[name] = _Job(granted, grant, audit)
-            job.proofs = [entry.id for entry in self._ledger.proofs() if entry.job == name]
+            job.proofs = [entry.id for entry in self._ledger.proofs(job=name)]
         self._jobs.move_to_end(name)
         while len(self._jobs) > MAX_LIVE_AUDITS:
             self._jobs.popitem(last=False)

@@ -14,7 +14,7 @@ import signal
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -46,6 +46,7 @@ from mapreduce.wire.benchmarks import (
     Blame,
     NextBenchmark,
     SegmentTime,
+    StepTime,
 )
 from mapreduce.wire.bodies import TensorSpec
 from mapreduce.wire.messages import Accepted
@@ -54,7 +55,7 @@ from mapreduce.wire.proofs import ProofInvalid, check_claim, encode_claim
 from mapreduce.wire.recompute import prove_wrong_sum
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     import aiohttp
     from bittensor.sp_core import Keypair
@@ -99,9 +100,13 @@ class Bot:
                     await self._report(await self.measure(benchmark))
             except MapReduceError as error:
                 _log.warning("no benchmark", extra={"error": str(error), "retry_s": retry_s})
-                self._validator = None  # it may have moved
-                await asyncio.sleep(retry_s * random.uniform(0.5, 1.0))
-                retry_s = min(2 * retry_s, RETRY_S[1])
+            except Exception:  # the top of this task: one bad benchmark must not end a bot
+                _log.exception("benchmark failed")
+            else:
+                continue
+            self._validator = None  # it may have moved
+            await asyncio.sleep(retry_s * random.uniform(0.5, 1.0))
+            retry_s = min(2 * retry_s, RETRY_S[1])
 
     async def _next(self) -> Benchmark | None:
         if self._validator is None:
@@ -151,7 +156,7 @@ class Bot:
     async def measure(self, benchmark: Benchmark) -> BenchmarkReport:
         """Takes part in one benchmark to its end, good or bad."""
         assert self._validator is not None
-        steps: list[list[SegmentTime]] = []
+        steps: list[StepTime] = []
         granted, error, blames = "", "", []
         try:
             job = await open_job(
@@ -189,11 +194,10 @@ class Bot:
             error=error[:1024],
         )
 
-    async def _steps(
-        self, job: PeerJob, benchmark: Benchmark, steps: list[list[SegmentTime]]
-    ) -> None:
+    async def _steps(self, job: PeerJob, benchmark: Benchmark, steps: list[StepTime]) -> None:
         """All-reduces until the ranks have been busy for long enough: all of them decide alike, by
         what they have all acknowledged. Between two steps a bot computes, as a trainer does."""
+        leave_at = time.monotonic() + benchmark.longest_s
         count = benchmark.tensor_bytes
         memory = np.zeros(count, dtype=np.uint8).data
         undo = np.zeros(count, dtype=np.uint8).data
@@ -211,7 +215,7 @@ class Bot:
                 await self._recompute(job, step, miner, memory, inputs)
             steps.append(times_of(step, job))
             busy_us += max(max(said) for said in step.acks.values())
-            if busy_us >= benchmark.seconds * 1e6:
+            if busy_us >= benchmark.seconds * 1e6 or time.monotonic() > leave_at:
                 return
 
     async def _broadcast(
@@ -275,17 +279,25 @@ class Bot:
         raise await job.audit.accuse(fraud)
 
 
-def times_of(step: Step, job: PeerJob) -> list[SegmentTime]:
+def times_of(step: Step, job: PeerJob) -> StepTime:
     """What a committed step took at this bot."""
-    return [
-        SegmentTime(
-            uid=job.grant.miners[miner].uid,
-            nbytes=step.segments[miner].length,
-            busy_us=step.segment_us[miner],
-            first_us=step.first_us[miner],
-        )
-        for miner in step.involved
-    ]
+
+    def since_entry_us(moment: float) -> int:
+        return max(0, int((moment - step.began_at) * 1e6))
+
+    return StepTime(
+        commit_us=since_entry_us(step.ended_at),
+        segments=[
+            SegmentTime(
+                uid=job.grant.miners[miner].uid,
+                nbytes=step.segments[miner].length,
+                first_us=since_entry_us(step.first_at[miner]),
+                last_us=since_entry_us(step.last_at[miner]),
+            )
+            for miner in step.involved
+            if step.segments[miner].length
+        ],
+    )
 
 
 def blames_of(error: MapReduceError, job: PeerJob | None) -> list[Blame]:
@@ -298,32 +310,33 @@ def blames_of(error: MapReduceError, job: PeerJob | None) -> list[Blame]:
         return [Blame(uid=error.uid, kind="wrong", what=what)]
     if isinstance(error, ResultDisputed):
         return [Blame(uid=error.uid, kind="disputed", what=what)]
-    if job is None:
+    step = None if job is None else job.session.step
+    if job is None or step is None:
         return []
+    kind: Literal["lost", "stalled", "aborted"] = "aborted"
+    miners: Sequence[int] = () if step.aborted_by is None else (step.aborted_by,)
     if isinstance(error, StepInDoubt):
-        lost = [job.grant.miners[miner].uid for miner in job.session.lost]
-        return [Blame(uid=uid, kind="lost", what=what) for uid in lost]
-    if isinstance(error, PeerTimeout):
-        stalled = [job.grant.miners[miner].uid for miner in stalled_miners(job)]
-        return [Blame(uid=uid, kind="stalled", what=what) for uid in stalled]
-    return []
+        kind, miners = "lost", job.session.lost
+    elif step.aborted_by is None and isinstance(error, PeerTimeout):
+        kind, miners = "stalled", stalled_miners(job, step)
+    return [Blame(uid=job.grant.miners[m].uid, kind=kind, what=what) for m in miners]
 
 
-def stalled_miners(job: PeerJob) -> list[int]:
+def stalled_miners(job: PeerJob, step: Step) -> list[int]:
     """The miners (indexes) that owe this rank something though it has sent all that it may: a
     miner's own word for whom it waits is worth nothing here."""
-    step = job.session.step
-    if step is None:
-        return []
-    stalled = []
-    for miner in step.involved:
-        upload, certified = step.uploads[miner], miner in step.trust.certificates
-        if certified and step.received[miner] == step.segments[miner].length:
-            continue
-        terms = job.grant.terms
-        if upload.sendable(terms.window_bytes, terms.frame_bytes) <= 0:
-            stalled.append(miner)
-    return stalled
+    terms = job.grant.terms
+    return [
+        miner
+        for miner in step.involved
+        if not (
+            miner in step.trust.certificates and step.received[miner] == step.segments[miner].length
+        )
+        and not (
+            job.takes(miner)
+            and step.uploads[miner].sendable(terms.window_bytes, terms.frame_bytes) > 0
+        )
+    ]
 
 
 async def run_bot(config: PeerConfig) -> None:

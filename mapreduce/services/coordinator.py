@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from mapreduce.wire.messages import MinerAddress
 
 GRANT_LIFETIME_S = 3600.0
+DOUBT_GRACE_S = 600.0  # after the end of a grant, for ranks in doubt about its last step
 MAX_REMEMBERED_JOBS = 4096
 MAX_FAILED_STEPS = 64
 
@@ -275,6 +276,8 @@ class Coordinator:
         grant, rank = self._own_grant(request, report.grant)
         if report.rank != rank:
             raise BadMessage(f"the report is of rank {report.rank + 1}, the caller {rank + 1}")
+        if grant.expires_at + DOUBT_GRACE_S < time.time():
+            raise Refused("the grant expired long ago", code="expired", status=410)
         self._auditor.lost(grant.job, rank, report.lost_miners)
         outcome = self._outcomes.setdefault(grant.job, _Outcome())
         self._outcomes.move_to_end(grant.job)

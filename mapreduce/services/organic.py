@@ -40,10 +40,10 @@ class _Job:
     miners: list[str]
     peer_count: int
     told: dict[int, int] = field(default_factory=dict)  # the last step that each rank told of
-    committed: bool = False
+    committed: bool = False  # a step since the last settlement
     traffic: dict[tuple[int, int], _Traffic] = field(default_factory=dict)  # (rank, miner)
     lost: dict[int, set[int]] = field(default_factory=dict)  # miner to the ranks that say so
-    changed: bool = True
+    blamed: set[int] = field(default_factory=set)  # miners whose loss was counted: once is enough
 
 
 class Organic:
@@ -56,20 +56,23 @@ class Organic:
         self._config = config
         self._jobs: OrderedDict[str, _Job] = OrderedDict()
 
+    def owner(self, hotkey: str) -> str:
+        """Who answers for a peer: its coldkey, or all strangers together."""
+        return self.coldkeys.get(hotkey, STRANGERS)
+
     def _job(self, granted: GrantedJob, grant: Grant) -> _Job | None:
         if any(member.hotkey in self._bots for member in granted.members):
             return None
         job = self._jobs.get(grant.job)
         if job is None:
             job = self._jobs[grant.job] = _Job(
-                owner=self.coldkeys.get(granted.members[0].hotkey, STRANGERS),
+                owner=self.owner(granted.members[0].hotkey),
                 miners=[miner.hotkey for miner in grant.miners],
                 peer_count=len(grant.session_keys),
             )
             while len(self._jobs) > MAX_JOBS:
                 self._jobs.popitem(last=False)
         self._jobs.move_to_end(grant.job)
-        job.changed = True
         return job
 
     def completed(self, granted: GrantedJob, grant: Grant, said: Completion) -> None:
@@ -99,12 +102,12 @@ class Organic:
 
     def settle(self, now: float, goodputs: Mapping[str, float]) -> list[Outcome]:
         """What jobs have shown since the last time, which the history keeps too. `goodputs` by
-        hotkey is what the bots have measured."""
+        hotkey is what the bots have measured. Jobs of few ranks say nothing: there one rank's word
+        would decide."""
         outcomes = []
         for name, job in self._jobs.items():
-            if not job.changed:
+            if job.peer_count < self._config.organic_peers:
                 continue
-            job.changed = False
             rates = {
                 pair: traffic.nbytes / (traffic.us * 1e-6) for pair, traffic in job.traffic.items()
             }
@@ -116,8 +119,10 @@ class Organic:
             ratios = relative_rates(rates, known, self._config)
             for miner, hotkey in enumerate(job.miners):
                 failed = 2 * len(job.lost.get(miner, ())) > job.peer_count
-                if not (failed or job.committed):
+                if miner in job.blamed or not (failed or job.committed):
                     continue
+                if failed:
+                    job.blamed.add(miner)
                 outcomes.append(
                     Outcome(
                         job=name,
@@ -129,5 +134,7 @@ class Organic:
                         at=now,
                     )
                 )
+            job.traffic.clear()
+            job.committed = False
         self._history.add_outcomes(outcomes)
         return outcomes

@@ -24,8 +24,10 @@ from mapreduce.errors import (
     MinerLost,
     PeerLost,
     PeerTimeout,
+    Refused,
     StepInDoubt,
     Unavailable,
+    VersionMismatch,
 )
 from mapreduce.net.auth import sign_request, signer
 from mapreduce.net.client import Remote, call
@@ -116,7 +118,8 @@ class PeerJob:
     # Opening and closing ------------------------------------------------------------------------
 
     async def connect(self) -> None:
-        """Opens one stream to every miner. Raises MinerLost or Refused, naming the miner."""
+        """Opens one stream to every miner. Raises MinerLost or VersionMismatch, naming the
+        miner."""
         async with asyncio.TaskGroup() as group:
             for index in range(len(self.miners)):
                 group.create_task(self._connect(index))
@@ -134,7 +137,9 @@ class PeerJob:
         except TimeoutError:
             reason = f"{remote} did not open a stream in {CONNECT_TIMEOUT_S:g} s"
             raise self._lost(index, reason) from None
-        except Unavailable as error:
+        except VersionMismatch:
+            raise
+        except (Unavailable, Refused) as error:
             raise self._lost(index, str(error)) from None
         self._responses.append(response)
         self._streams[index] = stream
@@ -377,7 +382,8 @@ class PeerJob:
         if step is not None and (step.done or step.phase is Phase.IN_DOUBT):
             self._changed.set()
 
-    def _writable(self, miner: int) -> bool:
+    def takes(self, miner: int) -> bool:
+        """Whether this miner's socket takes more bytes now."""
         stream = self._streams.get(miner)
         return stream is not None and stream.writable
 
@@ -389,7 +395,7 @@ class PeerJob:
         while True:
             if pacer is not None and (pause_s := pacer.wait_s(self._loop.time())) > 0:
                 break
-            upload = session.next_upload(self._writable, patient=patient)
+            upload = session.next_upload(self.takes, patient=patient)
             if upload is None:
                 break
             miner, pieces = upload
@@ -401,7 +407,7 @@ class PeerJob:
                 session.flushed(miner)
             sent = True
         for miner in tuple(session.ready):
-            if self._writable(miner):
+            if self.takes(miner):
                 self._streams[miner].write(*session.take_control(miner))
         if self._patience is not None:
             self._patience.cancel()

@@ -112,7 +112,9 @@ class Recruiter:
         """A job's id and grant, and its miners, who have all accepted it: whoever refuses is
         replaced, or left out where the miners are `chosen`. Raises Refused if they are too few."""
         refused = {} if chosen is None else chosen.refused
-        for attempt in range(OFFER_ROUNDS):
+        # Of chosen miners each may refuse in turn, and none of the others shall suffer.
+        rounds = OFFER_ROUNDS if chosen is None else max(OFFER_ROUNDS, len(chosen.miners))
+        for attempt in range(rounds):
             if attempt:
                 await asyncio.sleep(random.uniform(0.05, 0.2))  # others may be offering too
             if chosen is None:

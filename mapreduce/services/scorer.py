@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
     from mapreduce.core.scoring import Components, ScoringConfig
     from mapreduce.services.auditor import Auditor
-    from mapreduce.services.benchmarks import Benchmarks
     from mapreduce.services.neuron import Directory
     from mapreduce.services.organic import Organic
     from mapreduce.services.recruiter import Recruiter
+    from mapreduce.services.rounds import Rounds
     from mapreduce.services.weights import WeightSetter
     from mapreduce.store.history import History
 
@@ -56,7 +56,7 @@ class Scorer:
         history: History,
         auditor: Auditor,
         organic: Organic,
-        benchmarks: Benchmarks,
+        rounds: Rounds,
         recruiter: Recruiter,
         setter: WeightSetter,
         config: ScoringConfig,
@@ -65,11 +65,12 @@ class Scorer:
         self._history = history
         self._auditor = auditor
         self._organic = organic
-        self._benchmarks = benchmarks
+        self._rounds = rounds
         self._recruiter = recruiter
         self._setter = setter
         self._config = config
-        self._trusted = False  # whether the scores rest on a whole round, or on a fresh state
+        self._trusted = False  # whether every miner has had its turn, now or in an earlier run
+        self._measured_at = 0.0  # when a bot last measured anybody
 
     async def run(self) -> None:
         """Measures and scores until it is cancelled."""
@@ -88,17 +89,24 @@ class Scorer:
                 _log.exception("scoring failed")
                 await asyncio.sleep(RETRY_S)
 
+    @property
+    def _may_set(self) -> bool:
+        """Whether the scores are worth setting: bots without work for a day make them stale."""
+        return self._trusted and time.time() - self._measured_at < FRESH_STATE_S
+
     def _resume(self) -> None:
         """Takes up what an earlier process has left."""
         standings = self._standings()
         for hotkey, standing in standings.items():
             if standing.goodput_bytes_per_s:
-                self._benchmarks.estimates[hotkey] = standing.goodput_bytes_per_s
-        last = self._history.last_window()
-        fresh = last is not None and time.time() - last[1] < FRESH_STATE_S
+                self._rounds.estimates[hotkey] = standing.goodput_bytes_per_s
+        for row in self._history.measurements(time.time() - FRESH_STATE_S):
+            if row.outcome == "measured":
+                self._measured_at = max(self._measured_at, row.at)
         # The earlier process had measured a whole round, or it would not have set any.
-        sets = [self._history.last_weights(result) for result in ("set", "dry run")]
-        self._trusted = fresh and any(sets)
+        set_before = self._history.last_weights("set") or self._history.last_weights("dry run")
+        self._trusted = set_before is not None
+        last = self._history.last_window()
         if last is not None:
             scores = self._history.scores()
             self._recruiter.weights = {h: score.weight for h, score in scores.items()}
@@ -107,7 +115,7 @@ class Scorer:
             extra={
                 "miners": len(standings),
                 "last_window": None if last is None else last[0],
-                "weights": "may be set" if self._trusted else "wait for a whole round",
+                "weights": "may be set" if self._may_set else "wait for a whole round",
             },
         )
 
@@ -139,7 +147,7 @@ class Scorer:
         }
         setting = asyncio.create_task(self._set_weights_until(end))
         try:
-            whole = await self._benchmarks.run_round(window, end, done)
+            whole = await self._rounds.run(window, end, done)
             await asyncio.sleep(max(0.0, end - time.time()))
         finally:
             setting.cancel()
@@ -157,20 +165,24 @@ class Scorer:
 
     async def close_window(self, window: int, begin: float) -> None:
         """Scores what the window that began at `begin` has brought; all of it is kept at once."""
+        last = self._history.last_window()
+        if last is not None and last[0] == window:
+            return  # the clock was set back: nothing counts twice
+        metagraph = await self._directory.metagraph(METAGRAPH_AGE_S)
+        registered = {n.hotkey for n in metagraph.neurons}
         now = time.time()
         standings = self._standings()
         goodputs = {h: s.goodput_bytes_per_s for h, s in standings.items() if s.goodput_bytes_per_s}
         seen = self._seen(window, begin, self._organic.settle(now, goodputs))
         for hotkey, brought in seen.items():
             standings[hotkey] = advance(standings.get(hotkey, Standing()), brought, self._config)
-        registered = {n.hotkey for n in (await self._directory.metagraph(METAGRAPH_AGE_S)).neurons}
         current = {hotkey: s for hotkey, s in standings.items() if hotkey in registered}
         scored = score_all(
             current,
             banned=self._auditor.banned(),
             disputed=self._auditor.flags().miners,
-            clusters=await self._benchmarks.cluster_of(current),
-            cap_bytes_per_s=self._benchmarks.cap_bytes_per_s,
+            clusters=await self._rounds.cluster_of(current),
+            cap_bytes_per_s=self._rounds.cap_bytes_per_s,
             config=self._config,
         )
         self._history.close_window(
@@ -189,6 +201,7 @@ class Scorer:
         )
         self._recruiter.weights = weights(scored)
         self._history.prune(now)
+        self._auditor.prune(now)
         _log.info(
             "window closed",
             extra={
@@ -207,6 +220,8 @@ class Scorer:
         for row in self._history.measurements(begin):
             if row.window == window and row.outcome != "void":
                 slots[row.hotkey].append(row)
+            if row.outcome == "measured":
+                self._measured_at = max(self._measured_at, row.at)
         owners: defaultdict[str, dict[str, OwnerSeen]] = defaultdict(dict)
         for outcome in outcomes:
             before = owners[outcome.hotkey].get(outcome.owner, OwnerSeen())
@@ -235,10 +250,12 @@ class Scorer:
         """Looks now and then, until the window ends, whether weights are due."""
         while time.time() < end:
             try:
-                if self._trusted:
+                if self._may_set:
                     await self._setter.set_if_due(self._current_weights())
             except MapReduceError as error:
                 _log.warning("weights wait", extra={"error": str(error)})
+            except Exception:  # as at the top: whatever is wrong now may be right in a minute
+                _log.exception("setting weights failed")
             await asyncio.sleep(self._setter.pause_s)
 
     def _current_weights(self) -> Mapping[str, float]:

@@ -6,11 +6,10 @@ Pure. Knows reports, estimates and goodput. Does not know bots, routes or the st
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Literal
 
-from mapreduce.core.clusters import split
 from mapreduce.core.goodput import slot_goodput
 from mapreduce.core.partition import MIN_SEGMENT_BYTES
 from mapreduce.wire.benchmarks import MAX_STEP_NUMBERS, MAX_STEPS
@@ -20,9 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from mapreduce.core.scoring_config import ScoringConfig
-    from mapreduce.wire.benchmarks import BenchmarkReport
+    from mapreduce.wire.benchmarks import BenchmarkReport, Blame
 
-STEPS = 20  # of a slot, by estimate: each is long beside a round trip, and short beside the slot
+STEPS = 10  # of a slot, by estimate: each is long beside a round trip, and short beside the slot
 SIZE_SPREAD = 2.0  # sizes are drawn from a range this wide, as users' tensors differ too
 # Of an estimate: an unknown miner is measured small first, and again while it turns out faster.
 FIRST_ESTIMATE_BYTES_PER_S = 2 * 100e6 / 8
@@ -67,12 +66,15 @@ def slot_size(
     )
 
 
+Outcome = Literal["measured", "failed", "void"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """What a slot says of one miner. `bytes` went in and out of it; `goodput_bytes_per_s` is 0
     unless it was measured. Void: nothing can be said, and not by its fault."""
 
-    outcome: Literal["measured", "failed", "void"]
+    outcome: Outcome
     goodput_bytes_per_s: float = 0.0
     latency_s: float | None = None
     seconds: float = 0.0
@@ -86,79 +88,96 @@ def judge(
     peer_count: int,
     *,
     refused: Mapping[str, str],
-    clusters: Mapping[str, str],
+    seconds: float,
     config: ScoringConfig,
 ) -> dict[str, Verdict]:
     """By hotkey, what the reports (by rank) of a slot say of the miners `uids`.
 
     Bots are trusted not to lie, but not to have a working network: a miner has failed if more than
     half of all bots say so, or if one of them holds a proof. `refused` are miners that did not take
-    the job, and why. What a cluster carried together is split equally.
+    the job, and why. A slot that broke off before half of its `seconds` measures nobody: a miner
+    could choose the moment.
     """
-    verdicts = {
-        hotkey: _judge_one(uid, reports, peer_count, refused.get(hotkey), config)
-        for uid, hotkey in uids.items()
-    }
-    measured = {h: v.goodput_bytes_per_s for h, v in verdicts.items() if v.outcome == "measured"}
-    for hotkey, goodput in split(measured, clusters).items():
-        verdict = verdicts[hotkey]
-        verdicts[hotkey] = Verdict(
-            outcome="measured",
-            goodput_bytes_per_s=goodput,
-            latency_s=verdict.latency_s,
-            seconds=verdict.seconds,
-            bytes=verdict.bytes,
+    blamed = _blamed(uids, reports, peer_count)
+    broken = any(report.error for report in reports.values())
+    verdicts = {}
+    for uid, hotkey in uids.items():
+        steps, latencies = _steps_of(uid, reports.values(), peer_count)
+        busy_s = math.fsum(step_s for _, step_s in steps)
+        goodput = slot_goodput(steps, config)
+        told = Verdict(
+            outcome="void", seconds=busy_s, bytes=round(math.fsum(moved for moved, _ in steps))
         )
+        if hotkey in refused:
+            reason = f"did not take the job: {refused[hotkey]}"
+            verdicts[hotkey] = replace(told, outcome="failed", reason=reason)
+        elif uid in blamed:
+            verdicts[hotkey] = replace(told, outcome="failed", reason=blamed[uid])
+        elif goodput is None or (broken and busy_s < seconds / 2):
+            errors = [report.error for report in reports.values() if report.error]
+            verdicts[hotkey] = replace(told, reason=(errors or ["too little was measured"])[0])
+        else:
+            verdicts[hotkey] = replace(
+                told,
+                outcome="measured",
+                goodput_bytes_per_s=goodput,
+                latency_s=median(latencies),
+            )
     return verdicts
 
 
-def _judge_one(
-    uid: int,
-    reports: Mapping[int, BenchmarkReport],
-    peer_count: int,
-    refusal: str | None,
-    config: ScoringConfig,
-) -> Verdict:
-    if refusal is not None:
-        return Verdict(outcome="failed", reason=f"did not take the job: {refusal}")
-    steps, latencies = _steps_of(uid, reports.values(), peer_count)
-    seconds = math.fsum(busy_s for _, busy_s in steps)
-    nbytes = round(sum(moved for moved, _ in steps))
-    blames = [
-        next(blame for blame in report.blames if blame.uid == uid)
-        for report in reports.values()
-        if any(blame.uid == uid for blame in report.blames)
-    ]
-    proven = [blame for blame in blames if blame.kind == "wrong"]
-    if proven or len(blames) * 2 > peer_count:
-        worst = (proven or blames)[0]
-        reason = f"{worst.kind}: {worst.what}"
-        return Verdict(outcome="failed", seconds=seconds, bytes=nbytes, reason=reason)
-    goodput = slot_goodput(steps, config)
-    if goodput is None:
-        errors = [r.error for r in reports.values() if r.error] or ["too little was measured"]
-        return Verdict(outcome="void", seconds=seconds, bytes=nbytes, reason=errors[0])
-    return Verdict(
-        outcome="measured",
-        goodput_bytes_per_s=goodput,
-        latency_s=median(latencies),
-        seconds=seconds,
-        bytes=nbytes,
-    )
+def _blamed(
+    uids: Mapping[int, str], reports: Mapping[int, BenchmarkReport], peer_count: int
+) -> dict[int, str]:
+    """The miners at fault, and in a few words for what.
+
+    A bot that is alone and has lost all of several miners is cut off itself. That a miner told of
+    an abort counts if all bots were told: then none of them has begun it.
+    """
+    by_bot = [report.blames for report in reports.values()]
+    if peer_count == 1 and len(uids) > 1:
+        by_bot = [b for b in by_bot if {x.uid for x in b if x.kind == "lost"} != set(uids)]
+    if not (len(by_bot) == peer_count and all(_told(blames) for blames in by_bot)):
+        by_bot = [[blame for blame in b if blame.kind != "aborted"] for b in by_bot]
+    blamed = {}
+    for uid in uids:
+        of_miner = [[blame for blame in blames if blame.uid == uid] for blames in by_bot]
+        found = [blames[0] for blames in of_miner if blames]
+        proven = [blame for blames in of_miner for blame in blames if blame.kind == "wrong"]
+        if proven or len(found) * 2 > peer_count:
+            worst = (proven or found)[0]
+            blamed[uid] = f"{worst.kind}: {worst.what}"
+    return blamed
+
+
+def _told(blames: Sequence[Blame]) -> bool:
+    return any(blame.kind == "aborted" for blame in blames)
 
 
 def _steps_of(
     uid: int, reports: Collection[BenchmarkReport], peer_count: int
 ) -> tuple[list[tuple[float, float]], list[float]]:
     """The miner's steps, as (bytes in and out of all ranks, seconds), and the seconds to its first
-    result in each, from when the last rank had entered."""
+    result in each; both from when the last rank had entered.
+
+    Bots share no clock, but the commit reaches them all at once, and no miner can bring it about
+    before the last rank has acknowledged: seen from there, the last rank entered a shortest wait
+    ago, and the miner was done with the last rank a shortest rest ago. A miner that serves the
+    ranks one after the other gains nothing.
+    """
     steps, latencies = [], []
     counts = [len(report.steps) for report in reports]
     for number in range(min(counts, default=0)):
-        parts = [p for report in reports for p in report.steps[number] if p.uid == uid]
-        if len(parts) != len(reports) or len({part.nbytes for part in parts}) != 1:
+        told = [report.steps[number] for report in reports]
+        parts = [[part for part in step.segments if part.uid == uid] for step in told]
+        if any(len(part) != 1 for part in parts):
             continue  # it had no part in the step
-        busy_s = median(part.busy_us for part in parts) * 1e-6
-        steps.append((2.0 * peer_count * parts[0].nbytes, busy_s))
-        latencies.append(min(part.first_us for part in parts) * 1e-6)
+        nbytes = {part[0].nbytes for part in parts}
+        waited_us = min(step.commit_us for step in told)
+        rest_us = min(
+            step.commit_us - part[0].last_us for step, part in zip(told, parts, strict=True)
+        )
+        if len(nbytes) == 1 and waited_us > rest_us:
+            steps.append((2.0 * peer_count * nbytes.pop(), (waited_us - rest_us) * 1e-6))
+            latencies.append(min(part[0].first_us for part in parts) * 1e-6)
     return steps, latencies

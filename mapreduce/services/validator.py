@@ -16,6 +16,7 @@ from mapreduce.services.coordinator import Coordinator, Limits
 from mapreduce.services.neuron import Directory, Neuron
 from mapreduce.services.organic import Organic
 from mapreduce.services.recruiter import Recruiter
+from mapreduce.services.rounds import Rounds
 from mapreduce.services.scorer import Scorer
 from mapreduce.services.weights import WeightSetter
 from mapreduce.store.database import Database
@@ -66,9 +67,6 @@ async def validating(
             )
             benchmarks = Benchmarks(
                 coordinator,
-                recruiter,
-                directory,
-                history,
                 BenchmarkLimits(
                     bots=bots,
                     max_bytes_per_s=config.max_bandwidth_bits_per_s / 8,
@@ -85,8 +83,9 @@ async def validating(
                 history,
                 dry_run=not config.sets_weights,
             )
+            rounds = Rounds(benchmarks, recruiter, directory, history, scoring)
             scorer = Scorer(
-                directory, history, auditor, organic, benchmarks, recruiter, setter, scoring
+                directory, history, auditor, organic, rounds, recruiter, setter, scoring
             )
             for part in (coordinator, auditor, benchmarks):
                 part.add_routes(app)

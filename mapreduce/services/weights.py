@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from mapreduce import __version__
 from mapreduce.chain.weights import plan_weights, read_weights_clock, set_weights
 from mapreduce.errors import ChainUnavailable, InvalidArgument, Refused
-from mapreduce.services.recruiter import FRESH_METAGRAPH_S
+from mapreduce.services.neuron import METAGRAPH_AGE_S
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -72,7 +72,7 @@ class WeightSetter:
         """
         if time.time() < self._not_before:
             return
-        metagraph = await self._directory.metagraph(FRESH_METAGRAPH_S)
+        metagraph = await self._directory.metagraph(METAGRAPH_AGE_S)
         # By uid as they are now: whoever has taken over a uid does not inherit its weight. What a
         # validator says of itself a chain does not count.
         own_hotkey = self._key.ss58_address

@@ -17,7 +17,7 @@ from mapreduce.wire.terms import MAX_BANDWIDTH, MAX_MINERS, MAX_PEERS
 _STRICT = ConfigDict(extra="ignore", strict=True)
 
 MAX_STEPS = 200
-MAX_STEP_NUMBERS = 4096  # segments of all steps in one report: it must fit a control request
+MAX_STEP_NUMBERS = 1000  # segments of all steps in one report: it must fit a control request
 
 Seed = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -37,8 +37,8 @@ class Benchmark:
 
     With `broadcast` the first rank sends a tensor to all before that, as trainers do. Every step
     averages `tensor_bytes` of float32; the bots make steps until those have taken `seconds` by what
-    all ranks acknowledged, or there were `steps`. A bot uploads no faster than `bytes_per_s`. A
-    step that takes `step_timeout_s` has failed.
+    all ranks acknowledged, or there were `steps`; a bot leaves a job that lasts `longest_s`. It
+    uploads no faster than `bytes_per_s`. A step that takes `step_timeout_s` has failed.
     """
 
     __pydantic_config__ = _STRICT
@@ -51,6 +51,7 @@ class Benchmark:
     broadcast: bool
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
     seconds: Annotated[float, Field(gt=0, le=600)]
+    longest_s: Annotated[float, Field(gt=0, le=3600)]
     bytes_per_s: Annotated[float, Field(gt=0)]
     join_timeout_s: Annotated[float, Field(gt=0, le=3600)]
     step_timeout_s: Annotated[float, Field(gt=0, le=3600)]
@@ -68,15 +69,24 @@ class BenchmarkAnswer:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentTime:
     """A miner's part of one step that this bot has recomputed: payload bytes each way, and the
-    microseconds from the step's first result to this segment's last, and from the bot's entry to
-    this segment's first."""
+    microseconds from the bot's entry to the segment's first result, and to its last word."""
 
     __pydantic_config__ = _STRICT
 
     uid: Uid
     nbytes: Count
-    busy_us: Count
     first_us: Count
+    last_us: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """A step that this bot has recomputed: microseconds from its entry to the commit."""
+
+    __pydantic_config__ = _STRICT
+
+    commit_us: Count
+    segments: Annotated[list[SegmentTime], Field(max_length=MAX_MINERS)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,13 +94,14 @@ class Blame:
     """What a miner did wrong, as this bot saw it.
 
     `lost`: its connection broke or was never opened. `stalled`: it did not do its part in time.
-    `wrong`: it returned what was not the sum. `disputed`: it says that it received other bytes.
+    `aborted`: it told that a step is over, and this bot knows of no reason. `wrong`: it returned
+    what was not the sum. `disputed`: it and a bot say different things of the same bytes.
     """
 
     __pydantic_config__ = _STRICT
 
     uid: Uid
-    kind: Literal["lost", "stalled", "wrong", "disputed"]
+    kind: Literal["lost", "stalled", "aborted", "wrong", "disputed"]
     what: Text
 
 
@@ -106,9 +117,6 @@ class BenchmarkReport:
     job: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
     rank: Rank
     granted: JobId | Literal[""]
-    steps: Annotated[
-        list[Annotated[list[SegmentTime], Field(max_length=MAX_MINERS)]],
-        Field(max_length=MAX_STEPS),
-    ]
+    steps: Annotated[list[StepTime], Field(max_length=MAX_STEPS)]
     blames: Annotated[list[Blame], Field(max_length=MAX_MINERS)]
     error: Text

@@ -361,6 +361,7 @@ class PeerSession:
                 step.trust.reject(miner, body)
             case Kind.CERTIFICATE:
                 step.trust.certificate(miner, body, step)
+                step.last_at[miner] = self._clock()
                 self._acknowledge_if_complete(step)
             case Kind.COMMIT:
                 if step.phase is Phase.RUNNING or miner in step.committed:
@@ -371,6 +372,7 @@ class PeerSession:
             case Kind.ABORT:
                 abort = Abort.decode(body)
                 if step.phase is Phase.RUNNING:
+                    step.aborted_by = miner
                     self._fail(step, self._error_of(step, abort), abort)
                 else:
                     step.aborted[miner] = abort
@@ -441,6 +443,7 @@ class PeerSession:
             step.fail(step.trust.conflict)
         elif step.committed:
             step.phase = Phase.COMMITTED
+            step.ended_at = self._clock()
             self.weights = step.next_weights(self.weights)
             step.sample = take_sample(step, self.audit_budget)
         elif any(miner in self._lost for miner in step.involved):

@@ -62,13 +62,16 @@ class Step:
         self.uploads = [Upload(length=0) for _ in range(miner_count)]
         self.received = [0] * miner_count
         self.placed = [0] * miner_count  # bytes of each segment of the target that may have changed
-        self.began_at = 0.0
+        # By this rank's clock: its entry, each segment's first and last word, and the commit.
+        self.began_at = self.ended_at = 0.0
+        self.first_at = [0.0] * miner_count
+        self.last_at = [0.0] * miner_count
         self.first_result_at: float | None = None
         self.segment_us = [0] * miner_count  # as this rank states them in its ACKs
-        self.first_us = [0] * miner_count  # from this rank's entry to the segment's first result
         self.acks: dict[int, tuple[int, ...]] = {}  # by miner: what all ranks stated, COMMIT says
         self.committed: set[int] = set()
         self.aborted: dict[int, Abort] = {}
+        self.aborted_by: int | None = None  # the miner that told of the abort which ended it here
         self.progress: dict[int, Progress] = {}
 
     def frame_bytes(self, measured: int, largest: int) -> int:
@@ -109,8 +112,8 @@ class Step:
         """A result (or release) of this segment has come."""
         if self.first_result_at is None:
             self.first_result_at = now
-        if not self.segment_us[miner] and not self.first_us[miner]:
-            self.first_us[miner] = min(int((now - self.began_at) * 1e6), MAX_SEGMENT_US)
+        self.first_at[miner] = self.first_at[miner] or now
+        self.last_at[miner] = now
         self.segment_us[miner] = min(int((now - self.first_result_at) * 1e6), MAX_SEGMENT_US)
 
     def fail(self, error: MapReduceError) -> None:

@@ -35,6 +35,7 @@ from mapreduce.services.joining import open_job
 from mapreduce.services.miner import Miner
 from mapreduce.services.organic import Organic
 from mapreduce.services.recruiter import Recruiter
+from mapreduce.services.rounds import Rounds
 from mapreduce.store.database import Database
 from mapreduce.store.history import History
 from mapreduce.store.ledger import Ledger
@@ -168,14 +169,11 @@ class Fleet:
         key = self.validator_key
         config = ScoringConfig()
         self.organic = Organic(self.history, self.bots, config)
-        self.auditor = Auditor(self.ledger, self.history, self.organic)
+        self.auditor = Auditor(self.ledger, self.history, self.organic, config.ban_s)
         self.recruiter = Recruiter(key, self.directory, self.http, self.auditor.banned)
         self.coordinator = Coordinator(key, NETUID, self.recruiter, self.limits, self.auditor)
         self.benchmarks = Benchmarks(
             self.coordinator,
-            self.recruiter,
-            self.directory,
-            self.history,
             BenchmarkLimits(
                 bots=frozenset(self.bots),
                 max_bytes_per_s=100e6,
@@ -184,6 +182,7 @@ class Fleet:
             ),
             config,
         )
+        self.rounds = Rounds(self.benchmarks, self.recruiter, self.directory, self.history, config)
         app = make_app(Verifier(key.ss58_address), lambda: self.not_ready)
         for part in (self.coordinator, self.auditor, self.benchmarks):
             part.add_routes(app)

@@ -10,7 +10,7 @@ import pytest
 
 from mapreduce.errors import Refused
 from mapreduce.net.client import call
-from mapreduce.services import benchmarks, miner_job
+from mapreduce.services import benchmarks, miner_job, rounds
 from mapreduce.services.bot import Bot
 from mapreduce.wire.benchmarks import BenchmarkAnswer, NextBenchmark
 from mapreduce.wire.miner_session import MinerSession
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bots that do not come are not waited for, and what stalls is given up soon."""
-    monkeypatch.setattr(benchmarks._RANDOM, "expovariate", lambda rate: 0.0)
-    monkeypatch.setattr(benchmarks._RANDOM, "random", lambda: 0.7)  # without a broadcast
+    monkeypatch.setattr(benchmarks.RANDOM, "expovariate", lambda rate: 0.0)
+    monkeypatch.setattr(benchmarks.RANDOM, "random", lambda: 0.7)  # without a broadcast
     monkeypatch.setattr(benchmarks, "GATHER_S", 1.0)
     monkeypatch.setattr(benchmarks, "STEP_TIMEOUT_S", 2.0)
     monkeypatch.setattr(benchmarks, "JOIN_TIMEOUT_S", 2.0)
@@ -35,8 +35,8 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 async def run_round(fleet: Fleet, *, known: bool = True) -> dict[int, list[Measurement]]:
     """What one round showed of each miner, by uid, in order. `known`: they were measured before."""
     for node in fleet.miners if known else ():
-        fleet.benchmarks.estimates.setdefault(node.key.ss58_address, 60e6)
-    assert await fleet.benchmarks.run_round(1, time.time() + 15.0, set())
+        fleet.rounds.estimates.setdefault(node.key.ss58_address, 60e6)
+    assert await fleet.rounds.run(1, time.time() + 15.0, set())
     rows: dict[int, list[Measurement]] = {node.uid: [] for node in fleet.miners}
     uids = {node.key.ss58_address: node.uid for node in fleet.miners}
     for row in fleet.history.measurements(0.0):
@@ -78,7 +78,7 @@ async def test_a_round_measures_every_miner() -> None:
 @pytest.mark.parametrize("broadcast", [False, True])
 @in_loop
 async def test_one_bot_is_enough(broadcast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmarks._RANDOM, "random", lambda: 0.2 if broadcast else 0.7)
+    monkeypatch.setattr(benchmarks.RANDOM, "random", lambda: 0.2 if broadcast else 0.7)
     async with Fleet(2) as fleet:
         await fleet.add_bots(1)
         assert last(await run_round(fleet)) == {1: "measured", 2: "measured"}
@@ -89,7 +89,7 @@ async def test_a_round_leaves_out_who_was_measured_already_or_is_banned() -> Non
     async with Fleet(2) as fleet:
         await fleet.add_bots(1)
         done = {fleet.miners[0].key.ss58_address}
-        assert await fleet.benchmarks.run_round(1, time.time() + 15.0, done)
+        assert await fleet.rounds.run(1, time.time() + 15.0, done)
         measured = {row.hotkey for row in fleet.history.measurements(0.0)}
         assert measured == {fleet.miners[1].key.ss58_address}
 
@@ -97,7 +97,7 @@ async def test_a_round_leaves_out_who_was_measured_already_or_is_banned() -> Non
 @in_loop
 async def test_without_a_bot_nothing_is_measured_and_nobody_is_blamed() -> None:
     async with Fleet(1) as fleet:
-        assert not await fleet.benchmarks.run_round(1, time.time() + 0.2, set())
+        assert not await fleet.rounds.run(1, time.time() + 0.2, set())
         assert fleet.history.measurements(0.0) == []
 
 
@@ -121,8 +121,8 @@ async def test_a_stranger_is_no_bot() -> None:
 async def test_the_byte_budget_ends_a_round() -> None:
     async with Fleet(1) as fleet:
         await fleet.add_bots(1)
-        object.__setattr__(fleet.benchmarks._limits, "bytes_per_day", 1000)
-        assert not await fleet.benchmarks.run_round(1, time.time() + 15.0, set())
+        object.__setattr__(fleet.rounds._limits, "bytes_per_day", 1000)
+        assert not await fleet.rounds.run(1, time.time() + 15.0, set())
         assert fleet.history.measurements(0.0) == []
 
 
@@ -167,7 +167,7 @@ async def test_a_liar_is_caught_by_its_first_benchmark(
 
 @in_loop
 async def test_a_liar_is_caught_in_a_broadcast_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmarks._RANDOM, "random", lambda: 0.2)
+    monkeypatch.setattr(benchmarks.RANDOM, "random", lambda: 0.2)
     async with Fleet(3) as fleet:
         only(monkeypatch, fleet, 1, miner_session("one_ulp"))
         await fleet.add_bots(3)
@@ -236,7 +236,7 @@ async def test_a_miner_without_room_is_asked_again(monkeypatch: pytest.MonkeyPat
         (job,) = await fleet.open_jobs(1)
         await fleet.add_bots(1)
         asyncio.get_running_loop().call_later(1.0, lambda: asyncio.ensure_future(job.close()))
-        monkeypatch.setattr(benchmarks, "MAX_RETRIES", 1000)
+        monkeypatch.setattr(rounds, "MAX_TRIES", 1000)
         rows = await run_round(fleet)
         assert rows[1][0].outcome == "void"
         assert "jobs" in rows[1][0].reason

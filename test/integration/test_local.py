@@ -137,7 +137,7 @@ def test_bots_are_unregistered_hotkeys_that_their_validator_knows() -> None:
 
 def test_a_strict_subnet_serves_jobs_through_limited_links_of_miners_with_owners() -> None:
     limits = {"miner-1": 100e6, "miner-2": 50e6}
-    with LocalSubnet(2, strict=True, tempo=10, own_coldkeys=True, limits=limits) as subnet:
+    with LocalSubnet(2, strict=True, tempo=10, limits=limits) as subnet:
         metagraph = subnet.metagraph()
         validator = metagraph.by_uid(subnet.validator_uid)
         assert validator is not None

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from mapreduce.core.clusters import clusters, split
+from mapreduce.core.clusters import clusters
 
 
 def together(*ips: str | None) -> bool:
@@ -56,18 +56,3 @@ def test_clusters_join_through_a_third_in_any_order() -> None:
     ]
     for order in itertools.permutations(neurons):
         assert clusters(order) == {"a": "a", "b": "a", "c": "a", "d": "a", "e": "e"}
-
-
-def test_a_cluster_splits_its_total_equally() -> None:
-    goodputs = {"a": 30.0, "b": 10.0, "c": 7.0, "d": 5.0}
-    assert split(goodputs, {"a": "x", "b": "x", "c": "c"}) == {
-        "a": 20.0,
-        "b": 20.0,
-        "c": 7.0,
-        "d": 5.0,
-    }
-
-
-def test_a_member_that_was_not_measured_takes_no_part() -> None:
-    assert split({"a": 30.0}, {"a": "x", "b": "x"}) == {"a": 30.0}
-    assert split({}, {"a": "x"}) == {}

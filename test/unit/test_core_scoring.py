@@ -154,7 +154,12 @@ def test_users_reliability_lowers_by_the_median_owner() -> None:
     bad = OwnerView(completed=10.0, failed=10.0)
     fine = OwnerView(completed=20.0)
     assert alone(owners={"a": bad, "b": bad}).reliability == 1.0  # two are too few
-    assert alone(owners={"a": bad, "b": bad, "c": fine}).reliability == 0.75 * 1.05
+    weak = OwnerView(completed=17.0, failed=3.0)
+    lowered = alone(owners={"a": weak, "b": weak, "c": fine}).reliability
+    assert lowered == pytest.approx(1.05 * 37 / 40)
+    # They can say what they like: no further than to the floor, at which a miner is still paid.
+    assert alone(owners={"a": bad, "b": bad, "c": fine}).reliability == 0.9
+    assert alone(owners={"a": bad, "b": bad, "c": fine}).score > 0
     fair = OwnerView(completed=29.0, failed=1.0)
     assert alone(owners={"a": fair, "b": fair, "c": fair}).reliability == 1.0
     assert alone(owners={"a": bad, "b": fine, "c": fine}).reliability == 1.0
@@ -273,7 +278,7 @@ def test_miners_above_what_bots_can_measure_are_tied() -> None:
     fast = dataclasses.replace(GOOD, goodput_bytes_per_s=9e8)
     scored = score({"a": GOOD, "b": fast}, cap_bytes_per_s=1e8)
     assert scored["a"].weight == scored["b"].weight == 0.5
-    assert scored["b"].reasons == ("paid up to the 800 Mbit/s that bots can measure",)
+    assert scored["b"].reasons == ("paid up to the 400 Mbit/s each way that bots can measure",)
 
 
 def test_without_any_score_there_are_no_weights() -> None:

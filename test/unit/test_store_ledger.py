@@ -200,6 +200,17 @@ def test_entries_and_proofs_of_one_job_are_read_alone(ledger: Ledger) -> None:
     assert ledger.proofs(job="other") == []
 
 
+def test_the_rows_of_one_job_are_found_without_reading_those_of_others(ledger: Ledger) -> None:
+    database = ledger._database
+    statements: list[str] = []
+    database._connection.set_trace_callback(statements.append)
+    ledger.unavailable(job="j")
+    ledger.proofs(job="j")
+    database._connection.set_trace_callback(None)
+    plans = [database.execute(f"EXPLAIN QUERY PLAN {statement}") for statement in statements]
+    assert ["job=?" in plan[0][3] for plan in plans] == [True, True]
+
+
 def test_old_jobs_go_when_one_comes(ledger: Ledger) -> None:
     ledger.add_job("a", "first", 0.0)
     ledger.add_job("b", "second", KEEP_JOBS_S)
