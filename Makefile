@@ -7,7 +7,7 @@ BENCH_STAMP := $(VENV)/.bench-installed
 HIVEMIND := .venv-hivemind
 RESULTS := bench/results
 
-.PHONY: demo demo-incentive test slow lint types fmt clean bench bench-shaped bench-hivemind bench-scaling bench-micro bench-trust simulate
+.PHONY: demo demo-incentive test slow lint types fmt clean bench bench-shaped bench-hivemind bench-scaling bench-micro bench-trust bench-state simulate
 
 demo: $(STAMP)
 	$(PY) -m mapreduce.demo
@@ -46,6 +46,10 @@ bench-micro: $(BENCH_STAMP)
 # What hashing, signing and sampling cost. As root also over shaped links.
 bench-trust: $(BENCH_STAMP)
 	$(PY) -m bench.trust --json $(RESULTS)/trust.json
+
+# A validator's state at full size: the file, and what a window and a look cost. Some minutes.
+bench-state: $(BENCH_STAMP)
+	$(PY) -m bench.state --json $(RESULTS)/state.json
 
 # The incentive over hundreds of windows: what each kind of party earns, beside the promises.
 simulate: $(BENCH_STAMP)

@@ -34,7 +34,7 @@ FORGET_BOT_S = 90.0  # after its last sign of life: no slot waits for it any mor
 JOIN_TIMEOUT_S = 20.0
 STEP_TIMEOUT_S = 30.0  # a miner this much slower than its estimate has failed
 REPORT_S = 15.0  # from the end of a slot to the last report: jobs are audited before they close
-LONGEST = 3  # times the seconds of a slot: that long it may last, with all that is not timed
+LONGEST = 4  # times the seconds of a slot: that long it may last, with all that is not timed
 TWICE_S = 1.0  # before a bot that runs twice under one hotkey is told to ask again
 
 RANDOM = random.SystemRandom()  # nobody may know when a miner is measured, or how
@@ -196,6 +196,7 @@ class Benchmarks:
             seconds=limits.seconds,
             max_bytes_per_s=limits.max_bytes_per_s,
             chance=RANDOM.random(),
+            leisure=RANDOM.random(),
         )
         seed, broadcast = os.urandom(32).hex(), RANDOM.random() < 0.5
         for rank, bot in enumerate(bots):
@@ -213,6 +214,7 @@ class Benchmarks:
                     steps=size.steps,
                     seconds=limits.seconds,
                     longest_s=LONGEST * limits.seconds,
+                    pause_s=size.pause_s,
                     bytes_per_s=size.bytes_per_s,
                     join_timeout_s=JOIN_TIMEOUT_S,
                     step_timeout_s=STEP_TIMEOUT_S,

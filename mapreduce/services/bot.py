@@ -214,6 +214,7 @@ class Bot:
             for miner in step.involved:
                 await self._recompute(job, step, miner, memory, inputs)
             steps.append(times_of(step, job))
+            await asyncio.sleep(benchmark.pause_s - (time.perf_counter() - step.ended_at))
             busy_us += max(max(said) for said in step.acks.values())
             if busy_us >= benchmark.seconds * 1e6 or time.monotonic() > leave_at:
                 return

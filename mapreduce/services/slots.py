@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mapreduce.wire.benchmarks import BenchmarkReport, Blame
 
 STEPS = 10  # of a slot, by estimate: each is long beside a round trip, and short beside the slot
+LEAST_PAUSE = 0.3  # of a step by estimate; at most as long as one
 SIZE_SPREAD = 2.0  # sizes are drawn from a range this wide, as users' tensors differ too
 # Of an estimate: an unknown miner is measured small first, and again while it turns out faster.
 FIRST_ESTIMATE_BYTES_PER_S = 2 * 100e6 / 8
@@ -30,12 +31,13 @@ STILL_RISING = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotSize:
-    """What the bots of a slot are told: bytes of a step's tensor, steps at most, and a bot's
-    rate."""
+    """What the bots of a slot are told: bytes of a step's tensor, steps at most, a bot's rate, and
+    the pause between two steps."""
 
     tensor_bytes: int
     steps: int
     bytes_per_s: float
+    pause_s: float
 
 
 def slot_size(
@@ -45,6 +47,7 @@ def slot_size(
     seconds: float,
     max_bytes_per_s: float,
     chance: float,
+    leisure: float,
 ) -> SlotSize:
     """Steps of which about `STEPS` keep miners of these goodputs (bytes/s in and out) busy for
     `seconds`.
@@ -52,6 +55,7 @@ def slot_size(
     Args:
         max_bytes_per_s: what all bots together may send.
         chance: from 0 to 1, picks the size in its range.
+        leisure: from 0 to 1, picks the pause in its range.
     """
     into_miners = min(sum(estimates) / 2, max_bytes_per_s)
     spread = SIZE_SPREAD ** (chance - 0.5)
@@ -63,6 +67,8 @@ def slot_size(
         tensor_bytes=tensor_bytes - tensor_bytes % 4,
         steps=max(1, min(MAX_STEPS, MAX_STEP_NUMBERS // len(estimates))),
         bytes_per_s=max_bytes_per_s / peer_count,
+        # Long enough for a bot to recompute a step, so that its gaps are those of this range.
+        pause_s=seconds / STEPS * (LEAST_PAUSE + (1 - LEAST_PAUSE) * leisure),
     )
 
 

@@ -13,6 +13,7 @@ from mapreduce.net.server import make_app
 from mapreduce.services.auditor import Auditor
 from mapreduce.services.benchmarks import BenchmarkLimits, Benchmarks
 from mapreduce.services.coordinator import Coordinator, Limits
+from mapreduce.services.feedback import Feedback
 from mapreduce.services.neuron import Directory, Neuron
 from mapreduce.services.organic import Organic
 from mapreduce.services.recruiter import Recruiter
@@ -87,7 +88,17 @@ async def validating(
             scorer = Scorer(
                 directory, history, auditor, organic, rounds, recruiter, setter, scoring
             )
-            for part in (coordinator, auditor, benchmarks):
+            feedback = Feedback(
+                neuron.key,
+                netuid,
+                directory,
+                history,
+                ledger,
+                auditor,
+                rounds.cap_bytes_per_s,
+                scoring,
+            )
+            for part in (coordinator, auditor, benchmarks, feedback):
                 part.add_routes(app)
             scoring_task = asyncio.create_task(scorer.run())
             try:

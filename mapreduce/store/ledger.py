@@ -118,13 +118,17 @@ class Ledger:
 
     def proofs(self, since: float = 0.0, job: str | None = None) -> list[ProofEntry]:
         """Proofs from `since` on, of all jobs or of one, oldest first."""
-        names = ProofEntry.__slots__
         where, arguments = _of_job(job)
-        rows = self._database.execute(
-            f"SELECT {', '.join(names)} FROM proofs WHERE {where}at >= ? ORDER BY at, rowid",
-            (*arguments, since),
-        )
-        return [ProofEntry(**dict(zip(names, row, strict=True))) for row in rows]
+        return self._proofs(f"{where}at >= ? ORDER BY at, rowid", (*arguments, since))
+
+    def proof_entry(self, proof_id: str) -> ProofEntry | None:
+        """What is known of a proof without its evidence, which may be gone."""
+        entries = self._proofs("id = ?", (proof_id,))
+        return entries[0] if entries else None
+
+    def proofs_of(self, culprit: str, most: int) -> list[ProofEntry]:
+        """The last proofs against a hotkey, newest first."""
+        return self._proofs("culprit = ? ORDER BY at DESC, rowid DESC LIMIT ?", (culprit, most))
 
     def banned(self, now: float, ban_s: float) -> dict[str, str]:
         """Hotkeys of miners with a proof younger than `ban_s`, each with the id of the latest."""
@@ -176,6 +180,15 @@ class Ledger:
             (since,),
         )
 
+    def peers_disputing(self, miner: str, since: float) -> int:
+        """How many peers have had a dispute with the miner from `since` on."""
+        ((peers,),) = self._database.execute(
+            "SELECT COUNT(DISTINCT peer) FROM entries"
+            " WHERE ledger = 'unattributed' AND at >= ? AND miner = ?",
+            (since, miner),
+        )
+        return int(peers)
+
     # Jobs ----------------------------------------------------------------------------------------
 
     def add_job(self, job: str, data: str, now: float) -> None:
@@ -214,6 +227,13 @@ class Ledger:
         return len(entries) + len(evidence)
 
     # Any in what follows: the columns of a row, which the schema types.
+
+    def _proofs(self, where: str, arguments: tuple[Any, ...]) -> list[ProofEntry]:
+        names = ProofEntry.__slots__
+        rows = self._database.execute(
+            f"SELECT {', '.join(names)} FROM proofs WHERE {where}", arguments
+        )
+        return [ProofEntry(**dict(zip(names, row, strict=True))) for row in rows]
 
     def _add_entry(self, ledger: str, columns: tuple[Any, ...], now: float) -> None:
         # Not "INSERT OR IGNORE", which would pass over the CHECKs as well.

@@ -68,7 +68,8 @@ _VERSION_2: Final = (
     "CREATE TABLE weights (at REAL NOT NULL, block INTEGER NOT NULL, vector TEXT NOT NULL,"
     " result TEXT NOT NULL CHECK (result IN ('set', 'dry run', 'refused', 'unreachable')),"
     " reason TEXT NOT NULL)",
-    "CREATE INDEX weights_at ON weights (result, at)",
+    "CREATE INDEX weights_at ON weights (at)",
+    "CREATE INDEX weights_result ON weights (result, at)",
 )
 
 MIGRATIONS: Final = (_VERSION_1, _VERSION_2)

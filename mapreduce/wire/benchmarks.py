@@ -38,7 +38,8 @@ class Benchmark:
     With `broadcast` the first rank sends a tensor to all before that, as trainers do. Every step
     averages `tensor_bytes` of float32; the bots make steps until those have taken `seconds` by what
     all ranks acknowledged, or there were `steps`; a bot leaves a job that lasts `longest_s`. It
-    uploads no faster than `bytes_per_s`. A step that takes `step_timeout_s` has failed.
+    uploads no faster than `bytes_per_s`, and waits `pause_s` before the next step, as one who
+    trains computes. A step that takes `step_timeout_s` has failed.
     """
 
     __pydantic_config__ = _STRICT
@@ -52,6 +53,7 @@ class Benchmark:
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
     seconds: Annotated[float, Field(gt=0, le=600)]
     longest_s: Annotated[float, Field(gt=0, le=3600)]
+    pause_s: Annotated[float, Field(ge=0, le=600)]
     bytes_per_s: Annotated[float, Field(gt=0)]
     join_timeout_s: Annotated[float, Field(gt=0, le=3600)]
     step_timeout_s: Annotated[float, Field(gt=0, le=3600)]

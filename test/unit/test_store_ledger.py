@@ -200,15 +200,37 @@ def test_entries_and_proofs_of_one_job_are_read_alone(ledger: Ledger) -> None:
     assert ledger.proofs(job="other") == []
 
 
-def test_the_rows_of_one_job_are_found_without_reading_those_of_others(ledger: Ledger) -> None:
+def test_the_rows_of_one_job_or_hotkey_are_found_without_reading_those_of_others(
+    ledger: Ledger,
+) -> None:
     database = ledger._database
     statements: list[str] = []
     database._connection.set_trace_callback(statements.append)
     ledger.unavailable(job="j")
     ledger.proofs(job="j")
+    ledger.proofs_of("m0", 1)
+    ledger.proof_entry("a")
+    ledger.peers_disputing("m0", 0.0)
     database._connection.set_trace_callback(None)
     plans = [database.execute(f"EXPLAIN QUERY PLAN {statement}") for statement in statements]
-    assert ["job=?" in plan[0][3] for plan in plans] == [True, True]
+    found_by = ("job=?", "job=?", "culprit=?", "id=?", "ledger=? AND at>?")
+    for plan, key in zip(plans, found_by, strict=True):
+        assert any(key in row[3] for row in plan), plan
+
+
+def test_a_hotkey_finds_what_is_held_against_it(ledger: Ledger) -> None:
+    for number, who in enumerate(("m0", "m1", "m0", "m0")):
+        add_proof(ledger, str(number), float(number), who=who)
+    assert [entry.id for entry in ledger.proofs_of("m0", 2)] == ["3", "2"]
+    assert ledger.proofs_of("m2", 2) == []
+    entry = ledger.proof_entry("1")
+    assert entry is not None
+    assert (entry.culprit, entry.at) == ("m1", 1.0)
+    assert ledger.proof_entry("4") is None
+    for job, (peer, now) in enumerate([("p0", 1.0), ("p1", 2.0), ("p2", 3.0), ("p2", 3.0)]):
+        add_dispute(ledger, peer, "m0", now, job=str(job))
+    add_dispute(ledger, "p9", "m1", 3.0)
+    assert ledger.peers_disputing("m0", 2.0) == 2
 
 
 def test_old_jobs_go_when_one_comes(ledger: Ledger) -> None:

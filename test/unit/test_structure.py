@@ -36,6 +36,7 @@ LAYERS = (
         "mapreduce.local_checkout",
         "mapreduce.demo",
         "mapreduce.demo_incentive",
+        "mapreduce.score",
         "mapreduce.verify",
         "peer",
         "neurons",
