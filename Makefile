@@ -7,7 +7,7 @@ BENCH_STAMP := $(VENV)/.bench-installed
 HIVEMIND := .venv-hivemind
 RESULTS := bench/results
 
-.PHONY: demo demo-incentive test slow lint types fmt clean bench bench-shaped bench-hivemind bench-scaling bench-micro bench-trust bench-state simulate
+.PHONY: demo demo-incentive test slow lint types fmt clean bench bench-shaped bench-hivemind bench-scaling bench-micro bench-trust bench-state bench-goodput simulate
 
 demo: $(STAMP)
 	$(PY) -m mapreduce.demo
@@ -54,6 +54,10 @@ bench-state: $(BENCH_STAMP)
 # The incentive over hundreds of windows: what each kind of party earns, beside the promises.
 simulate: $(BENCH_STAMP)
 	$(PY) -m bench.simulate --json $(RESULTS)/simulate.json --png $(RESULTS)/simulate.png
+
+# What bots measure of miners behind links of a given rate: needs root.
+bench-goodput: $(BENCH_STAMP)
+	$(PY) -m bench.goodput --json $(RESULTS)/goodput.json
 
 # hivemind has other dependencies than this package: it gets an environment of its own, and then
 # takes part in the benchmarks above.

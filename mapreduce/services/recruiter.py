@@ -29,7 +29,6 @@ STATUS_TIMEOUT_S = 3.0
 OFFER_TIMEOUT_S = 5.0
 OFFER_ROUNDS = 4
 FRESH_METAGRAPH_S = 2.0
-NEWEST_METAGRAPH_S = 0.5  # where miners are missing: they may just have come
 NO_ROOM = frozenset({"too_many_jobs", "no_memory"})  # what a miner says that works for others
 _RANDOM = random.SystemRandom()
 EXPLORATION = 0.05  # share of the choice that the scores do not decide: newcomers get work too
@@ -143,7 +142,7 @@ class Recruiter:
         try:
             return await self._pick_from(await self.served(), wanted, refused)
         except Refused:
-            served = await self.served(NEWEST_METAGRAPH_S)
+            served = await self.served(max_age_s=0.0)  # some may just have come
         return await self._pick_from(served, wanted, refused)
 
     async def _pick_from(

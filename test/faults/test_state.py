@@ -182,8 +182,9 @@ def test_a_validator_killed_at_random_goes_on_from_what_it_had(tmp_path: Path, k
             subnet.validator.kill()
             left = look(subnet)
             unrecorded += check(before or left, left, closings(log_path))
-            # 1 : 1 are the weights of a validator that knows nothing; their links differ by 3 : 1.
-            assert left.on_chain[honest] > 1.5 * left.on_chain.get(lying, 0.0)
+            # 1 : 1 are the weights of a validator that knows nothing; these are paid for 89 (what
+            # the bots can measure) and for 60 Mbit/s.
+            assert left.on_chain[honest] > 1.25 * left.on_chain.get(lying, 0.0)
             assert left.set_at < caught_at or left.on_chain.keys() == {honest}
             if kill == (kills + 1) // 2:
                 caught_at = time.time()

@@ -56,7 +56,7 @@ def die(peer: Peer) -> None:
 def flags(subnet: LocalSubnet, hotkey: str = "peer") -> list[str]:
     return [
         *("--subtensor.network", subnet.network),
-        *("--wallet.name", "local"),
+        *("--wallet.name", hotkey if hotkey.startswith("miner-") else "local"),
         *("--wallet.hotkey", hotkey),
         *("--wallet.path", str(subnet.directory / "wallets")),
     ]
