@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,12 +14,15 @@ from mapreduce.net.client import call
 from mapreduce.services import benchmarks, miner_job, rounds
 from mapreduce.services.bot import Bot
 from mapreduce.wire.benchmarks import BenchmarkAnswer, NextBenchmark
+from mapreduce.wire.bodies import Abort
+from mapreduce.wire.frames import Kind
 from mapreduce.wire.miner_session import MinerSession
 from test.integration.fleet import Fleet, in_loop, new_hotkey, until
 from test.liars.miners import miner_session
 
 if TYPE_CHECKING:
     from mapreduce.store.history import Measurement
+    from mapreduce.wire.miner_step import MinerStep
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +46,10 @@ async def run_round(fleet: Fleet, *, known: bool = True) -> dict[int, list[Measu
     for row in fleet.history.measurements(0.0):
         rows[uids[row.hotkey]].append(row)
     return rows
+
+
+def slow(*faults: str) -> list[Any]:
+    return [pytest.param(fault, marks=pytest.mark.slow) for fault in faults]
 
 
 def last(rows: dict[int, list[Measurement]]) -> dict[int, str]:
@@ -148,7 +156,7 @@ async def test_a_neuron_that_never_was_a_miner_is_not_measured() -> None:
         assert hotkeys == {fleet.miners[0].key.ss58_address}
 
 
-@pytest.mark.parametrize("fault", ["one_ulp", "stale_result", "peer_left_out", "two_faced"])
+@pytest.mark.parametrize("fault", ["one_ulp", "two_faced", *slow("stale_result", "peer_left_out")])
 @in_loop
 async def test_a_liar_is_caught_by_its_first_benchmark(
     fault: str, monkeypatch: pytest.MonkeyPatch
@@ -176,7 +184,9 @@ async def test_a_liar_is_caught_in_a_broadcast_too(monkeypatch: pytest.MonkeyPat
         assert rows[2][-1].reason.startswith("disputed")  # what it certified is right
 
 
-@pytest.mark.parametrize("fault", ["truncated", "withheld_commit", "wrong_root", "false_reject"])
+@pytest.mark.parametrize(
+    "fault", ["truncated", "wrong_root", *slow("withheld_commit", "false_reject")]
+)
 @in_loop
 async def test_a_miner_that_does_not_do_its_work_has_failed(
     fault: str, monkeypatch: pytest.MonkeyPatch
@@ -204,6 +214,54 @@ async def test_a_miner_that_stalls_has_failed(monkeypatch: pytest.MonkeyPatch) -
         rows = await run_round(fleet)
         assert last(rows) == {1: "measured", 2: "measured", 3: "failed"}, rows
         assert rows[3][-1].reason.startswith("stalled")
+
+
+class _Aborting(MinerSession):
+    """Tells every rank that another one has gone."""
+
+    def _agree(self, step: MinerStep) -> None:
+        super()._agree(step)
+        body = Abort(code="peer_lost", message="gone", rank=0).encode()
+        for rank in range(self.terms.peer_count):
+            self._send_step(rank, Kind.ABORT, step.number, body)
+
+
+@in_loop
+async def test_a_miner_that_makes_up_the_loss_of_a_rank_has_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with Fleet(3) as fleet:
+        only(monkeypatch, fleet, 1, _Aborting)
+        await fleet.add_bots(3)
+        rows = await run_round(fleet)
+        assert last(rows) == {1: "measured", 2: "failed", 3: "measured"}, rows
+
+
+@in_loop
+async def test_a_miner_that_takes_the_job_and_refuses_the_streams_has_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with Fleet(3) as fleet:
+
+        def no_such_job(request: Any) -> Any:
+            raise Refused("this miner has no such job", code="no_such_job", status=404)
+
+        monkeypatch.setattr(fleet.miners[1].miner, "_job", no_such_job)
+        await fleet.add_bots(3)
+        rows = await run_round(fleet)
+        assert last(rows) == {1: "measured", 2: "failed", 3: "measured"}, rows
+
+
+@in_loop
+async def test_a_miner_that_serves_no_axon_any_more_has_failed() -> None:
+    async with Fleet(2) as fleet:
+        await fleet.add_bots(1)
+        await run_round(fleet)
+        gone = fleet.directory.neurons[1]
+        fleet.directory.neurons[1] = replace(gone, ip=None, port=None)
+        rows = await run_round(fleet)
+        assert last(rows) == {1: "failed", 2: "measured"}
+        assert rows[1][-1].reason == "serves no axon"
 
 
 @in_loop
