@@ -40,13 +40,13 @@ from mapreduce.net.client import Remote, call, make_http_session
 from mapreduce.net.pacing import Pacer
 from mapreduce.services.joining import open_job
 from mapreduce.wire.benchmarks import (
+    MAX_WHAT,
     Benchmark,
     BenchmarkAnswer,
     BenchmarkReport,
     Blame,
     NextBenchmark,
     SegmentTime,
-    StepTime,
 )
 from mapreduce.wire.bodies import TensorSpec
 from mapreduce.wire.messages import Accepted
@@ -156,7 +156,7 @@ class Bot:
     async def measure(self, benchmark: Benchmark) -> BenchmarkReport:
         """Takes part in one benchmark to its end, good or bad."""
         assert self._validator is not None
-        steps: list[StepTime] = []
+        steps: list[list[SegmentTime]] = []
         granted, error, blames = "", "", []
         try:
             job = await open_job(
@@ -194,7 +194,9 @@ class Bot:
             error=error[:1024],
         )
 
-    async def _steps(self, job: PeerJob, benchmark: Benchmark, steps: list[StepTime]) -> None:
+    async def _steps(
+        self, job: PeerJob, benchmark: Benchmark, steps: list[list[SegmentTime]]
+    ) -> None:
         """All-reduces until the ranks have been busy for long enough: all of them decide alike, by
         what they have all acknowledged. Between two steps a bot computes, as a trainer does."""
         leave_at = time.monotonic() + benchmark.longest_s
@@ -280,31 +282,28 @@ class Bot:
         raise await job.audit.accuse(fraud)
 
 
-def times_of(step: Step, job: PeerJob) -> StepTime:
+def times_of(step: Step, job: PeerJob) -> list[SegmentTime]:
     """What a committed step took at this bot."""
 
     def since_entry_us(moment: float) -> int:
         return max(0, int((moment - step.began_at) * 1e6))
 
-    return StepTime(
-        commit_us=since_entry_us(step.ended_at),
-        segments=[
-            SegmentTime(
-                uid=job.grant.miners[miner].uid,
-                nbytes=step.segments[miner].length,
-                first_us=since_entry_us(step.first_at[miner]),
-                last_us=since_entry_us(step.last_at[miner]),
-            )
-            for miner in step.involved
-            if step.segments[miner].length
-        ],
-    )
+    return [
+        SegmentTime(
+            uid=job.grant.miners[miner].uid,
+            nbytes=step.segments[miner].length,
+            first_us=since_entry_us(step.first_at[miner]),
+            last_us=since_entry_us(step.last_at[miner]),
+        )
+        for miner in step.involved
+        if step.segments[miner].length
+    ]
 
 
 def blames_of(error: MapReduceError, job: PeerJob | None) -> list[Blame]:
     """The miners to blame for an error; nobody where a rank, or this bot itself, may be the
     reason."""
-    what = str(error)[:256]
+    what = str(error)[:MAX_WHAT]
     if isinstance(error, MinerLost):
         return [Blame(uid=error.uid, kind="lost", what=what)]
     if isinstance(error, MinerFraud):

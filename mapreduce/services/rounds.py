@@ -108,6 +108,8 @@ class Rounds:
             except TimeoutError:
                 break
             chosen = self._pack(due, together, len(bots))
+            if not self._within_budget(chosen):
+                chosen = chosen[:1]
             due = [entry for entry in due if entry not in chosen]
             if self._within_budget(chosen):
                 due += await self._measure(this, bots, chosen)

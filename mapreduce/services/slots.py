@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mapreduce.wire.benchmarks import BenchmarkReport, Blame
 
 STEPS = 10  # of a slot, by estimate: each is long beside a round trip, and short beside the slot
-LATENCY_SHARE = 0.05  # of a step
+WAIT_SHARE = 0.05  # of a step
 LEAST_PAUSE = 0.3  # of a step by estimate; at most as long as one
 SIZE_SPREAD = 2.0  # sizes are drawn from a range this wide, as users' tensors differ too
 # Of an estimate: an unknown miner is measured small first, and again while it turns out faster.
@@ -165,30 +165,22 @@ def _steps_of(
     uid: int, reports: Collection[BenchmarkReport], peer_count: int
 ) -> tuple[list[tuple[float, float]], list[float]]:
     """The miner's steps, as (bytes in and out of all ranks, seconds), and the seconds to its first
-    result in each; both from when the last rank had entered.
+    result in each.
 
-    Bots share no clock, but the commit reaches them all at once, and no miner can bring it about
-    before the last rank has acknowledged: seen from there, the last rank entered a shortest wait
-    ago, and the miner was done with the last rank a shortest rest ago. A miner that serves the
-    ranks one after the other gains nothing. The time to the first result is scored by itself, and
-    is left out as far as it is a small part: a miner could make it a large one.
+    A step has taken as long as the rank that waited longest says: a miner that serves the ranks one
+    after the other gains nothing. The wait for the first result is left out as far as it is a small
+    part of that: it is the miner's latency, which is scored by itself, and other ranks' being late;
+    a miner could make it a large part.
     """
     steps, latencies = [], []
     counts = [len(report.steps) for report in reports]
     for number in range(min(counts, default=0)):
-        told = [report.steps[number] for report in reports]
-        parts = [[part for part in step.segments if part.uid == uid] for step in told]
-        if any(len(part) != 1 for part in parts):
+        told = [[p for p in report.steps[number] if p.uid == uid] for report in reports]
+        if any(len(parts) != 1 for parts in told):
             continue  # it had no part in the step
-        nbytes = {part[0].nbytes for part in parts}
-        waited_us = min(step.commit_us for step in told)
-        rest_us = min(
-            step.commit_us - part[0].last_us for step, part in zip(told, parts, strict=True)
-        )
-        if len(nbytes) == 1 and waited_us > rest_us:
-            whole_s = (waited_us - rest_us) * 1e-6
-            latency_s = min(part[0].first_us for part in parts) * 1e-6
-            busy_s = whole_s - min(latency_s, LATENCY_SHARE * whole_s)
-            steps.append((2.0 * peer_count * nbytes.pop(), busy_s))
-            latencies.append(latency_s)
+        parts = [part for (part,) in told]
+        if len({part.nbytes for part in parts}) == 1:
+            busy_us = max(p.last_us - min(p.first_us, WAIT_SHARE * p.last_us) for p in parts)
+            steps.append((2.0 * peer_count * parts[0].nbytes, busy_us * 1e-6))
+            latencies.append(min(part.first_us for part in parts) * 1e-6)
     return steps, latencies

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from mapreduce import __version__
 from mapreduce.chain.weights import plan_weights, read_weights_clock, set_weights
-from mapreduce.errors import ChainUnavailable, InvalidArgument, Refused
+from mapreduce.errors import ChainUnavailable, InvalidArgument, NotRegistered, Refused
 from mapreduce.services.neuron import METAGRAPH_AGE_S
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from mapreduce.store.records import Result
 
 RETRY_S = (15.0, 900.0)  # after a failure: the first pause, and the longest
-RATE_LIMITED = "rate_limited"
 
 _log = logging.getLogger(__name__)
 
@@ -122,7 +121,7 @@ class WeightSetter:
             done = await set_weights(
                 self._client, self._key, self._netuid, vector, version_key=number
             )
-        except (Refused, InvalidArgument) as error:
+        except (Refused, InvalidArgument, NotRegistered) as error:
             self._failed(vector, "refused", str(error))
         except ChainUnavailable as error:
             self._failed(vector, "unreachable", str(error))

@@ -18,6 +18,7 @@ _STRICT = ConfigDict(extra="ignore", strict=True)
 
 MAX_STEPS = 200
 MAX_STEP_NUMBERS = 1000  # segments of all steps in one report: it must fit a control request
+MAX_WHAT = 96  # characters: all miners of a job may be blamed at once
 
 Seed = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -82,16 +83,6 @@ class SegmentTime:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepTime:
-    """A step that this bot has recomputed: microseconds from its entry to the commit."""
-
-    __pydantic_config__ = _STRICT
-
-    commit_us: Count
-    segments: Annotated[list[SegmentTime], Field(max_length=MAX_MINERS)]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Blame:
     """What a miner did wrong, as this bot saw it.
 
@@ -104,7 +95,7 @@ class Blame:
 
     uid: Uid
     kind: Literal["lost", "stalled", "aborted", "wrong", "disputed"]
-    what: Text
+    what: Annotated[str, Field(max_length=MAX_WHAT)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +110,9 @@ class BenchmarkReport:
     job: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
     rank: Rank
     granted: JobId | Literal[""]
-    steps: Annotated[list[StepTime], Field(max_length=MAX_STEPS)]
+    steps: Annotated[
+        list[Annotated[list[SegmentTime], Field(max_length=MAX_MINERS)]],
+        Field(max_length=MAX_STEPS),
+    ]
     blames: Annotated[list[Blame], Field(max_length=MAX_MINERS)]
     error: Text

@@ -62,7 +62,7 @@ class Step:
         self.uploads = [Upload(length=0) for _ in range(miner_count)]
         self.received = [0] * miner_count
         self.placed = [0] * miner_count  # bytes of each segment of the target that may have changed
-        # By this rank's clock: its entry, each segment's first and last word, and the commit.
+        # By this rank's clock: its entry and the commit, each segment's first and last word.
         self.began_at = self.ended_at = 0.0
         self.first_at = [0.0] * miner_count
         self.last_at = [0.0] * miner_count
