@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# trust.md, section 5: max(3, 20 %) distinct counterparties with disputes with < 2 others
+# docs/trust.md, "Who is blamed": max(3, 20 %) distinct counterparties with disputes with < 2 others
 MIN_ACCUSERS = 3
 MIN_ACCUSERS_PERCENT = 20
 MAX_OTHER_DISPUTES = 1
@@ -28,7 +28,7 @@ class Flags:
 
 
 def flagged(disputes: Iterable[tuple[str, str]], peer_count: int, miner_count: int) -> Flags:
-    """Who is to be doubted after a window with these disputes, each (peer hotkey, miner hotkey).
+    """Who is to be doubted after a window with these disputes, each (peer's owner, miner hotkey).
 
     A pair counts once, however often it disputed. The counts are those of the distinct peers and
     miners that were active in the window, in dispute or not.

@@ -26,6 +26,7 @@ from mapreduce.core.dtypes import DType
 from mapreduce.core.reduce import ReduceOp
 from mapreduce.core.seeded import SeededTensor, first_difference
 from mapreduce.errors import (
+    IntegrityError,
     MapReduceError,
     MinerFraud,
     MinerLost,
@@ -303,7 +304,8 @@ def times_of(step: Step, job: PeerJob) -> list[SegmentTime]:
 def blames_of(error: MapReduceError, job: PeerJob | None) -> list[Blame]:
     """The miners to blame for an error; nobody where a rank, or this bot itself, may be the
     reason."""
-    what = str(error)[:MAX_WHAT]
+    told = error.what if isinstance(error, IntegrityError) else str(error)
+    what = told[:MAX_WHAT]
     if isinstance(error, MinerLost):
         return [Blame(uid=error.uid, kind="lost", what=what)]
     if isinstance(error, MinerFraud):
