@@ -143,7 +143,8 @@ def _blamed(
     """
     by_bot = [report.blames for report in reports.values()]
     if peer_count == 1 and len(uids) > 1:
-        by_bot = [b for b in by_bot if {x.uid for x in b if x.kind == "lost"} != set(uids)]
+        cut_off = ("lost", "stalled")
+        by_bot = [b for b in by_bot if {x.uid for x in b if x.kind in cut_off} != set(uids)]
     if not (len(by_bot) == peer_count and all(_told(blames) for blames in by_bot)):
         by_bot = [[blame for blame in b if blame.kind != "aborted"] for b in by_bot]
     blamed = {}
