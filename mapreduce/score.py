@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mapreduce.config import peer_config, run_cli
-from mapreduce.errors import LocalError, ValidatorUnreachable
+from mapreduce.errors import LocalError
 from mapreduce.wire.scores import ScoreFeedback, SignedScore, read_components
 
 if TYPE_CHECKING:
@@ -197,23 +197,17 @@ async def ask(
     """The score of the wallet's hotkey; with a directory, its proofs as well, and where each was
     saved: None for one whose evidence the validator has no more."""
     # Imported late: --help and --state need no bittensor.
-    from mapreduce.chain.metagraph import fetch_metagraph
-    from mapreduce.chain.seam import connected
     from mapreduce.chain.wallets import load_wallet
-    from mapreduce.net.client import Remote, make_http_session
+    from mapreduce.net.client import make_http_session
     from mapreduce.services.feedback import ask_proof, ask_score
+    from mapreduce.services.joining import find_validator
     from mapreduce.services.peer_audit import save_proof
 
     key = load_wallet(config.wallet.name, config.wallet.hotkey, config.wallet.path).hotkey
-    async with connected(config.chain.network, config.chain.endpoint) as client:
-        metagraph = await fetch_metagraph(client, config.chain.netuid)
-    neuron = metagraph.by_uid(config.validator_uid)
-    if neuron is None or neuron.ip is None or neuron.port is None:
-        raise ValidatorUnreachable(
-            f"validator uid {config.validator_uid} of netuid {config.chain.netuid} "
-            "has served no axon"
-        )
-    validator = Remote(f"validator uid {neuron.uid}", neuron.hotkey, neuron.ip, neuron.port)
+    chain = config.chain
+    validator = await find_validator(
+        chain.network, chain.netuid, config.validator_uid, endpoint=chain.endpoint
+    )
     saved: dict[str, Path | None] = {}
     async with make_http_session() as http:
         signed, score = await ask_score(http, key, validator)

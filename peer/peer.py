@@ -13,22 +13,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from mapreduce.chain.metagraph import fetch_metagraph
-from mapreduce.chain.seam import connected
 from mapreduce.chain.wallets import load_wallet
 from mapreduce.core.reduce import ReduceOp, check_reducible, reduce_op
 from mapreduce.errors import (
-    ConfigError,
     IntegrityError,
     InvalidArgument,
     JobClosed,
     TensorTooLarge,
-    ValidatorUnreachable,
     WalletError,
 )
-from mapreduce.net.client import Remote
 from mapreduce.net.loop import LoopThread
-from mapreduce.services.joining import open_job
+from mapreduce.services.joining import find_validator, open_job
 from mapreduce.services.peer_job import PROOF_DIRECTORY
 from mapreduce.wire.peer_step import Target
 from peer.tensors import Tensor, as_bytes, assign, describe, mark_written, new_tensor
@@ -178,23 +173,9 @@ class Peer:
         self._pid = os.getpid()
 
     async def _open(self, hotkey: Any) -> PeerJob:  # Any: a Keypair, from a library without types
-        async with connected(self.network) as client:
-            metagraph = await fetch_metagraph(client, self.netuid)
-        neuron = metagraph.by_uid(self.validator_uid)
-        if neuron is None:
-            raise ConfigError(
-                f"validator_uid = {self.validator_uid}: netuid {self.netuid} has no such uid "
-                f"(it has {len(metagraph.neurons)})"
-            )
-        if neuron.ip is None or neuron.port is None:
-            raise ValidatorUnreachable(
-                f"validator uid {neuron.uid} ({neuron.hotkey}) has not served an axon: "
-                "it is not running, or never was"
-            )
-        validator = Remote(f"validator uid {neuron.uid}", neuron.hotkey, neuron.ip, neuron.port)
         return await open_job(
             hotkey,
-            validator,
+            await find_validator(self.network, self.netuid, self.validator_uid),
             rank=self.rank - 1,
             peer_count=self.peer_count,
             bandwidth=self.bandwidth,

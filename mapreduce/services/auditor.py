@@ -112,8 +112,8 @@ class Auditor:
         """Where the miner lied, as the grant says: it can publish any address afterwards, to take
         somebody else down with it."""
         if proof not in self._addresses:
-            job = next((entry.job for entry in self._ledger.proofs() if entry.id == proof), "")
-            live = self._job(job)
+            entry = self._ledger.proof_entry(proof)
+            live = None if entry is None else self._job(entry.job)
             miners = [] if live is None else live.grant.miners
             self._addresses[proof] = next((m.ip for m in miners if m.hotkey == hotkey), None)
         return self._addresses[proof]

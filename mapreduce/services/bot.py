@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from mapreduce import __version__
-from mapreduce.chain.metagraph import fetch_metagraph
-from mapreduce.chain.seam import connected
 from mapreduce.chain.wallets import load_wallet
 from mapreduce.core.dtypes import DType
 from mapreduce.core.reduce import ReduceOp
@@ -35,11 +33,10 @@ from mapreduce.errors import (
     ResultDisputed,
     StepInDoubt,
     Unavailable,
-    ValidatorUnreachable,
 )
-from mapreduce.net.client import Remote, call, make_http_session
+from mapreduce.net.client import call, make_http_session
 from mapreduce.net.pacing import Pacer
-from mapreduce.services.joining import open_job
+from mapreduce.services.joining import find_validator, open_job
 from mapreduce.wire.benchmarks import (
     MAX_WHAT,
     Benchmark,
@@ -62,6 +59,7 @@ if TYPE_CHECKING:
     from bittensor.sp_core import Keypair
 
     from mapreduce.config import PeerConfig
+    from mapreduce.net.client import Remote
     from mapreduce.services.peer_job import PeerJob
     from mapreduce.wire.peer_step import Step
 
@@ -350,15 +348,10 @@ async def run_bot(config: PeerConfig) -> None:
     key = load_wallet(wallet.name, wallet.hotkey, wallet.path).hotkey
     chain = config.chain
 
-    async def find_validator() -> Remote:
-        async with connected(chain.network, chain.endpoint) as client:
-            metagraph = await fetch_metagraph(client, chain.netuid)
-        neuron = metagraph.by_uid(config.validator_uid)
-        if neuron is None or neuron.ip is None or neuron.port is None:
-            raise ValidatorUnreachable(
-                f"validator uid {config.validator_uid} of netuid {chain.netuid} has served no axon"
-            )
-        return Remote(f"validator uid {neuron.uid}", neuron.hotkey, neuron.ip, neuron.port)
+    def find() -> Awaitable[Remote]:
+        return find_validator(
+            chain.network, chain.netuid, config.validator_uid, endpoint=chain.endpoint
+        )
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -367,7 +360,7 @@ async def run_bot(config: PeerConfig) -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mapreduce-bot-") as proofs:
         async with make_http_session() as http:
-            bot = asyncio.create_task(Bot(key, find_validator, http, Path(proofs)).run())
+            bot = asyncio.create_task(Bot(key, find, http, Path(proofs)).run())
             stopped = asyncio.create_task(stop.wait())
             await asyncio.wait([bot, stopped], return_when=asyncio.FIRST_COMPLETED)
             bot.cancel()

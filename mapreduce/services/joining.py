@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mapreduce.chain.metagraph import fetch_metagraph
+from mapreduce.chain.seam import connected
 from mapreduce.errors import (
     BadMessage,
+    ConfigError,
     JobRefused,
     MapReduceError,
     Refused,
@@ -31,6 +34,32 @@ if TYPE_CHECKING:
     from mapreduce.net.pacing import Pacer
 
 GRANTING_S = 30.0  # finding miners comes on top of waiting for ranks
+
+
+async def find_validator(
+    network: str, netuid: int, uid: int, *, endpoint: str | None = None
+) -> Remote:
+    """Where the validator with this uid listens, as the chain says.
+
+    Raises:
+        ConfigError: an unknown network, netuid or uid.
+        ChainUnavailable: the chain does not answer.
+        ValidatorUnreachable: it has not served an axon.
+    """
+    async with connected(network, endpoint) as client:
+        metagraph = await fetch_metagraph(client, netuid)
+    neuron = metagraph.by_uid(uid)
+    if neuron is None:
+        raise ConfigError(
+            f"validator_uid = {uid}: netuid {netuid} has no such uid "
+            f"(it has {len(metagraph.neurons)})"
+        )
+    if neuron.ip is None or neuron.port is None:
+        raise ValidatorUnreachable(
+            f"validator uid {neuron.uid} ({neuron.hotkey}) has not served an axon: "
+            "it is not running, or never was"
+        )
+    return Remote(f"validator uid {neuron.uid}", neuron.hotkey, neuron.ip, neuron.port)
 
 
 async def open_job(

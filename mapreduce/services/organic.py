@@ -85,9 +85,8 @@ class Organic:
             return
         job.committed = True
         for miner, segment in enumerate(said.segments):
-            if (
-                segment.nbytes >= MIN_SEGMENT_BYTES and segment.segment_us > 0
-            ):  # smaller ones time nothing
+            # Smaller ones time nothing but the scheduler.
+            if segment.nbytes >= MIN_SEGMENT_BYTES and segment.segment_us > 0:
                 traffic = job.traffic.setdefault((said.rank, miner), _Traffic())
                 traffic.nbytes += segment.nbytes
                 traffic.us += segment.segment_us

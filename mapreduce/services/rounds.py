@@ -267,7 +267,7 @@ class Rounds:
         if not (unclear or rising):
             return []
         if entry.tries < MAX_TRIES:
-            return [_Due(left, entry.tries + 1, entry.share)]
+            return [_Due(left, entry.tries + 1)]
         if unclear and len(left) > 1:
             return [_Due([miner], MAX_TRIES, entry.share / len(left)) for miner in left]
         return []

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from blake3 import blake3
 
-from mapreduce.chain import metagraph as chain_metagraph
-from mapreduce.chain import seam, wallets
+from mapreduce.chain import wallets
 from mapreduce.config import PeerConfig
 from mapreduce.core.scoring import Components, ScoringConfig
 from mapreduce.errors import BadMessage, LocalError, Refused, ValidatorUnreachable
@@ -28,7 +27,7 @@ from mapreduce.net.auth import Verifier, new_session_key, signer
 from mapreduce.net.client import Remote, call
 from mapreduce.net.server import make_app, start_server
 from mapreduce.score import ask
-from mapreduce.services import miner_job
+from mapreduce.services import joining, miner_job
 from mapreduce.services.feedback import MAX_AGE_S, Feedback, ask_proof, ask_score, read_score, told
 from mapreduce.services.peer_audit import save_proof
 from mapreduce.services.scorer import components_json
@@ -379,8 +378,8 @@ async def test_the_command_saves_the_proofs_against_the_wallets_hotkey(
         async def metagraph(*_: object) -> Metagraph:
             return await fleet.directory.metagraph()
 
-        monkeypatch.setattr(seam, "connected", no_chain)
-        monkeypatch.setattr(chain_metagraph, "fetch_metagraph", metagraph)
+        monkeypatch.setattr(joining, "connected", no_chain)
+        monkeypatch.setattr(joining, "fetch_metagraph", metagraph)
         wallet = SimpleNamespace(hotkey=key)
         monkeypatch.setattr(wallets, "load_wallet", lambda *_: wallet)
         _, score, saved = await ask(PeerConfig(), None)
@@ -391,7 +390,7 @@ async def test_the_command_saves_the_proofs_against_the_wallets_hotkey(
         assert path.read_bytes() == b"evidence"
         with pytest.raises(LocalError, match="cannot save a proof"):
             await ask(PeerConfig(), path)
-        with pytest.raises(ValidatorUnreachable, match="has served no axon"):
+        with pytest.raises(ValidatorUnreachable, match="has not served an axon"):
             await ask(PeerConfig(validator_uid=1), None)
 
 
