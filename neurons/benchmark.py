@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from mapreduce.config import peer_config, run_cli
+from mapreduce.config import bot_config, run_cli
 
 
 def main() -> int:
-    config = peer_config()
+    config = bot_config()
     # Imported late: --help and a mistyped flag need neither bittensor nor aiohttp.
     from mapreduce.services.bot import run_bot
     from mapreduce.services.neuron import run_neuron

@@ -10,20 +10,20 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import psutil  # type: ignore[import-untyped]  # ships no types
 
 from mapreduce.config.roles import (
-    AutoUpdate,
     AxonConfig,
     ChainConfig,
     Level,
     LoggingConfig,
     MinerConfig,
     PeerConfig,
+    UpdateConfig,
     ValidatorConfig,
     WalletConfig,
     check_frame,
@@ -40,17 +40,18 @@ if TYPE_CHECKING:
     from mapreduce.config.sources import Settings
 
 __all__ = [
-    "AutoUpdate",
     "AxonConfig",
     "ChainConfig",
     "Level",
     "LoggingConfig",
     "MinerConfig",
     "PeerConfig",
+    "UpdateConfig",
     "ValidatorConfig",
     "WalletConfig",
     "all_config",
     "available_memory_bytes",
+    "bot_config",
     "miner_config",
     "peer_config",
     "run_cli",
@@ -96,28 +97,29 @@ def all_config(
     return _validator(settings), _miner(settings, available_bytes or available_memory_bytes)
 
 
+def bot_config(
+    argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None
+) -> PeerConfig:
+    """The configuration of `neurons/benchmark.py`; raises as `miner_config` does."""
+    description = "Take part in the jobs of a validator as one of its benchmark bots."
+    settings = _gather("bot", argv, environ, "benchmark.py", description)
+    return replace(_peer(settings), updates=_updates(settings))
+
+
 def peer_config(
     argv: Sequence[str] | None = None,
     environ: Mapping[str, str] | None = None,
     *,
     parser: argparse.ArgumentParser | None = None,
-    prog: str = "benchmark.py",
-    description: str = "Take part in the jobs of a validator as one of its benchmark bots.",
+    prog: str | None = None,
+    description: str | None = None,
 ) -> PeerConfig:
-    """The configuration of a bot or of a user's script; raises as `miner_config` does.
+    """The configuration of a user's script; raises as `miner_config` does.
 
     `parser` brings the script's own flags, which come back in `args`; where it defines one of ours,
     as `--netuid`, its default is the default. It is left as it was.
     """
-    settings = _gather("peer", argv, environ, prog, description, parser)
-    return PeerConfig(
-        validator_uid=settings["validator.uid"].value,
-        chain=_chain(settings),
-        wallet=_wallet(settings),
-        logging=_logging(settings),
-        args=settings.args,
-        warnings=tuple(settings.warnings),
-    )
+    return _peer(_gather("peer", argv, environ, prog, description, parser))
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
@@ -150,8 +152,8 @@ def _gather(
     role: Role,
     argv: Sequence[str] | None,
     environ: Mapping[str, str] | None,
-    prog: str,
-    description: str,
+    prog: str | None,
+    description: str | None,
     script: argparse.ArgumentParser | None = None,
 ) -> Settings:
     return gather(
@@ -174,6 +176,9 @@ def _miner(settings: Settings, available_bytes: Callable[[], int]) -> MinerConfi
     return MinerConfig(
         memory_limit_bytes=available // 2 if limit.value is None else limit.value,
         max_jobs=settings["miner.max_jobs"].value,
+        speedtest=not settings["miner.no_speedtest"].value,
+        speedtest_mini=settings["miner.speedtest_mini"].value,
+        updates=_updates(settings),
         chain=_chain(settings),
         wallet=_wallet(settings),
         axon=_axon(settings),
@@ -188,12 +193,6 @@ def _validator(settings: Settings) -> ValidatorConfig:
     if frame.source is Source.DEFAULT:  # a smaller window alone is a complete wish
         frame_bytes = min(frame_bytes, window.value)
     check_frame(frame_bytes, window.value, f" ({frame.origin})", f" ({window.origin})")
-    # Keys that a later release acts on must not look as if this one did.
-    unused = [
-        f"{key} = {settings[key].value!r} has no effect in this version"
-        for key in ("auto_update",)
-        if settings[key].source is not Source.DEFAULT and settings[key].value != "no"
-    ]
     return ValidatorConfig(
         max_bandwidth_bits_per_s=settings["max_bandwidth"].value,
         benchmark_hotkeys=settings["benchmark_hotkeys"].value,
@@ -201,7 +200,7 @@ def _validator(settings: Settings) -> ValidatorConfig:
         benchmark_bytes_per_day=settings["benchmark.bytes_per_day"].value,
         scoring=_scoring(settings),
         sets_weights=not settings["neuron.disable_set_weights"].value,
-        auto_update=settings["auto_update"].value,
+        updates=_updates(settings),
         join_timeout_s=settings["validator.join_timeout"].value,
         window_bytes=window.value,
         frame_bytes=frame_bytes,
@@ -211,7 +210,26 @@ def _validator(settings: Settings) -> ValidatorConfig:
         wallet=_wallet(settings),
         axon=_axon(settings),
         logging=_logging(settings),
-        warnings=(*_warnings(settings), *unused),
+        warnings=_warnings(settings),
+    )
+
+
+def _peer(settings: Settings) -> PeerConfig:
+    return PeerConfig(
+        validator_uid=settings["validator.uid"].value,
+        chain=_chain(settings),
+        wallet=_wallet(settings),
+        logging=_logging(settings),
+        args=settings.args,
+        warnings=tuple(settings.warnings),
+    )
+
+
+def _updates(settings: Settings) -> UpdateConfig:
+    return UpdateConfig(
+        level=settings["auto_update"].value,
+        every_s=settings["auto_update.every"].value,
+        delay_s=settings["auto_update.delay"].value,
     )
 
 
@@ -271,6 +289,7 @@ def _axon(settings: Settings) -> AxonConfig:
         port=settings["axon.port"].value,
         external_ip=settings["axon.external_ip"].value,
         external_port=settings["axon.external_port"].value,
+        lookup_url=settings["axon.lookup_url"].value,
     )
 
 

@@ -35,7 +35,7 @@ _OLD_SWITCHES = {
 }
 _OLD_WITH_VALUES = {
     "--port.range": "one port is enough: --axon.port",
-    "--auto_update": "it is an option of validators",
+    "--auto_update": "it is an option of neurons",
     "--axon.max_workers": "",
     "--axon.maxworkers": "",
 }
@@ -67,8 +67,8 @@ class CommandLine:
         options: Mapping[str, Option],
         argv: Sequence[str],
         *,
-        prog: str,
-        description: str,
+        prog: str | None,
+        description: str | None,
         default_file: str | None,
         script: argparse.ArgumentParser | None = None,
     ) -> None:

@@ -13,7 +13,7 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 NETWORKS = ("finney", "test", "local", "archive")
-AUTO_UPDATE_LEVELS = ("major", "minor", "patch", "no")
+AUTO_UPDATE_LEVELS = ("major", "minor", "patch", "notify", "no")
 
 _BASE58 = frozenset("123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
@@ -226,6 +226,19 @@ class Network(_Text):
         elif self.urls_only or not (
             text in (*NETWORKS, "embedded") or re.fullmatch("embedded:.+", text)
         ):
+            raise ValueError
+        return text
+
+
+@dataclass(frozen=True)
+class Url(_Text):
+    """The http or https address of something on the web."""
+
+    allowed: str = "http://HOST[:PORT][/PATH] or https://HOST[:PORT][/PATH]"
+
+    def check_text(self, text: str) -> str:
+        parts = urlsplit(text)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
             raise ValueError
         return text
 

@@ -21,6 +21,7 @@ from mapreduce.config.kinds import (
     Seconds,
     Switch,
     UpdateLevel,
+    Url,
     WalletName,
     Whole,
 )
@@ -33,12 +34,14 @@ from mapreduce.wire.terms import MAX_FRAME_BYTES, MAX_WINDOW_BYTES
 if TYPE_CHECKING:
     from mapreduce.config.kinds import Kind
 
-Role = Literal["miner", "validator", "all", "peer"]
+Role = Literal["miner", "validator", "all", "bot", "peer"]
 
 MINER: frozenset[Role] = frozenset({"miner", "all"})
 VALIDATOR: frozenset[Role] = frozenset({"validator", "all"})
-PEER: frozenset[Role] = frozenset({"peer"})
+BOT: frozenset[Role] = frozenset({"bot"})
+PEER: frozenset[Role] = frozenset({"peer", "bot"})
 SERVERS = MINER | VALIDATOR
+NEURONS = SERVERS | BOT
 EVERYBODY = SERVERS | PEER
 
 MAX_U16 = 65535  # uids and netuids are u16 on the chain
@@ -71,6 +74,7 @@ _VALIDATOR = "validator"
 _BENCHMARKS = "benchmarks (how miners are measured)"
 _SCORING = "scoring (validators of one subnet should agree on these)"
 _PEER = "peer"
+_UPDATES = "updates (releases are tags of the git repository this runs from)"
 _LOGGING = "logging"
 
 _PORT = Whole(0, 65535)
@@ -153,7 +157,7 @@ _TABLE = (
         kind=IpAddress(public=True),
         group=_AXON,
         alias="--external-ip",
-        default_text="the address listened on, or the one on the chain",
+        default_text="by axon.lookup_url, else axon.ip, else as the chain shows it",
         roles=SERVERS,
         help="address published on the chain, for hosts behind NAT or a proxy",
     ),
@@ -165,6 +169,15 @@ _TABLE = (
         default_text="the port listened on",
         roles=SERVERS,
         help="port published on the chain",
+    ),
+    Option(
+        key="axon.lookup_url",
+        kind=Url(),
+        group=_AXON,
+        default_text="nobody is asked",
+        roles=SERVERS,
+        help="a service that answers with the IP address it is asked from, as plain text; where no "
+        "axon.external_ip is given, that is what is published",
     ),
     Option(
         key="miner.max_jobs",
@@ -181,6 +194,24 @@ _TABLE = (
         default_text="half of the memory available at start",
         roles=MINER,
         help="bytes that all jobs together may reserve, as in 17179869184, 512MB or 4GiB",
+    ),
+    Option(
+        key="miner.no_speedtest",
+        kind=Switch(),
+        group=_MINER,
+        default=False,
+        default_text="they are allowed",
+        roles=MINER,
+        help="run no speed test when a validator asks for one (at most one in 6 hours; it counts "
+        "for nothing in the score)",
+    ),
+    Option(
+        key="miner.speedtest_mini",
+        kind=Url(),
+        group=_MINER,
+        default_text="speedtest.net's nearest server",
+        roles=MINER,
+        help="the Speedtest Mini server to test against",
     ),
     Option(
         key="max_bandwidth",
@@ -217,15 +248,6 @@ _TABLE = (
         roles=VALIDATOR,
         help="bytes, in and out of all bots together, that benchmarks may take in 24 hours; 0: "
         "nothing is measured",
-    ),
-    Option(
-        key="auto_update",
-        kind=UpdateLevel(),
-        group=_VALIDATOR,
-        # A process changes its own code only where somebody wrote so (the example file does).
-        default="no",
-        roles=VALIDATOR,
-        help="largest release to install by itself (not acted on yet): major, minor, patch or no",
     ),
     Option(
         key="validator.join_timeout",
@@ -290,6 +312,33 @@ _TABLE = (
         default=0,
         roles=PEER,
         help="uid of the validator that coordinates the job",
+    ),
+    Option(
+        key="auto_update",
+        kind=UpdateLevel(),
+        group=_UPDATES,
+        # A process changes its own code only where somebody wrote so (the example file does).
+        default="no",
+        roles=NEURONS,
+        help="the largest step that this process takes by itself to a newer release: major, minor "
+        "or patch; notify: only tell of new releases; no: do not look",
+    ),
+    Option(
+        key="auto_update.every",
+        kind=Seconds(7 * 86400),
+        group=_UPDATES,
+        default=3600.0,
+        roles=NEURONS,
+        help="seconds from one look for new releases to the next",
+    ),
+    Option(
+        key="auto_update.delay",
+        kind=Number(0, 7 * 86400),
+        group=_UPDATES,
+        default=1800.0,
+        roles=NEURONS,
+        help="seconds that an update waits at most, by chance, so that not all neurons of a subnet "
+        "change at once",
     ),
     Option(
         key="logging.info",

@@ -17,7 +17,7 @@ from mapreduce.core.scoring_config import ScoringConfig
 from mapreduce.errors import ConfigError
 
 Level = Literal["info", "debug", "trace"]
-AutoUpdate = Literal["major", "minor", "patch", "no"]
+UpdateLevel = Literal["major", "minor", "patch", "notify", "no"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +64,7 @@ class AxonConfig:
     port: int = 8091
     external_ip: str | None = None
     external_port: int | None = None
+    lookup_url: str | None = None
 
     def __post_init__(self) -> None:
         check("axon.ip", self.ip)
@@ -72,6 +73,8 @@ class AxonConfig:
             check("axon.external_ip", self.external_ip)
         if self.external_port is not None:
             check("axon.external_port", self.external_port)
+        if self.lookup_url is not None:
+            check("axon.lookup_url", self.lookup_url)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,11 +90,30 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateConfig:
+    """Which newer releases a process installs by itself, how often it looks, and how long it waits
+    at most before it takes one."""
+
+    level: UpdateLevel = "no"
+    every_s: float = 3600.0
+    delay_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        check("auto_update", self.level)
+        check("auto_update.every", self.every_s)
+        check("auto_update.delay", self.delay_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MinerConfig:
-    """A miner. `warnings` are texts for the log, which is not set up yet when they arise."""
+    """A miner. `speedtest_mini` is the server of its speed tests, None for the nearest public one.
+    `warnings` are texts for the log, which is not set up yet when they arise."""
 
     memory_limit_bytes: int
     max_jobs: int = 8
+    speedtest: bool = True
+    speedtest_mini: str | None = None
+    updates: UpdateConfig = field(default_factory=UpdateConfig)
     chain: ChainConfig = field(default_factory=ChainConfig)
     wallet: WalletConfig = field(default_factory=WalletConfig)
     axon: AxonConfig = field(default_factory=AxonConfig)
@@ -101,6 +123,8 @@ class MinerConfig:
     def __post_init__(self) -> None:
         check("miner.memory_limit", self.memory_limit_bytes)
         check("miner.max_jobs", self.max_jobs)
+        if self.speedtest_mini is not None:
+            check("miner.speedtest_mini", self.speedtest_mini)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +138,7 @@ class ValidatorConfig:
     benchmark_bytes_per_day: int = 2 * 10**12
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     sets_weights: bool = True
-    auto_update: AutoUpdate = "no"
+    updates: UpdateConfig = field(default_factory=UpdateConfig)
     join_timeout_s: float = 60.0
     window_bytes: int = 4 * 2**20
     frame_bytes: int = 2**20
@@ -131,7 +155,6 @@ class ValidatorConfig:
         check("benchmark_hotkeys", self.benchmark_hotkeys)
         check("benchmark.seconds", self.benchmark_s)
         check("benchmark.bytes_per_day", self.benchmark_bytes_per_day)
-        check("auto_update", self.auto_update)
         check("validator.join_timeout", self.join_timeout_s)
         check("validator.window_bytes", self.window_bytes)
         check("validator.frame_bytes", self.frame_bytes)
@@ -148,6 +171,7 @@ class PeerConfig:
     """A training script or a benchmark bot; `args` holds the flags that a script defined itself."""
 
     validator_uid: int = 0
+    updates: UpdateConfig = field(default_factory=UpdateConfig)
     chain: ChainConfig = field(default_factory=ChainConfig)
     wallet: WalletConfig = field(default_factory=WalletConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

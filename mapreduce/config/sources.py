@@ -62,8 +62,8 @@ def gather(
     argv: Sequence[str],
     environ: Mapping[str, str],
     *,
-    prog: str,
-    description: str,
+    prog: str | None,
+    description: str | None,
     script: argparse.ArgumentParser | None = None,
 ) -> Settings:
     """Read every source for `role`; `script` brings the flags of the user's own program.

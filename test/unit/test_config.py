@@ -17,10 +17,12 @@ from mapreduce.config import (
     LoggingConfig,
     MinerConfig,
     PeerConfig,
+    UpdateConfig,
     ValidatorConfig,
     WalletConfig,
     all_config,
     available_memory_bytes,
+    bot_config,
     miner_config,
     peer_config,
     run_cli,
@@ -62,7 +64,7 @@ def test_defaults():
     assert config.axon == AxonConfig(ip="0.0.0.0", port=8091)
     assert config.max_bandwidth_bits_per_s == 10737418240
     assert (config.join_timeout_s, config.window_bytes, config.frame_bytes) == (60, 2**22, 2**20)
-    assert config.auto_update == "no"
+    assert config.updates == UpdateConfig(level="no", every_s=3600.0, delay_s=1800.0)
     assert config.logging == LoggingConfig(level="info", logging_dir=None)
 
 
@@ -225,7 +227,7 @@ def test_the_example_file_works_once_it_is_edited():
     assert config.chain == ChainConfig(network="local", netuid=10)
     assert config.wallet == WalletConfig(name="cold", hotkey="hot")
     assert config.benchmark_hotkeys == (ALICE, BOB)
-    assert config.auto_update == "patch"
+    assert config.updates.level == "patch"
 
 
 def test_hotkeys_by_flag_are_separated_by_commas():
@@ -239,7 +241,8 @@ def test_a_smaller_window_takes_the_default_frame_with_it():
 def test_all_is_a_validator_and_a_miner_with_one_identity():
     Path("validator.config.json").write_text('{"auto_update": "minor", "miner.max_jobs": 3}')
     first, second = all_config(["--axon.port", "9000"], {}, available_bytes=lambda: 2**40)
-    assert (first.auto_update, second.max_jobs) == ("minor", 3)
+    assert (first.updates.level, second.max_jobs) == ("minor", 3)
+    assert first.updates == second.updates
     assert (first.chain, first.wallet, first.axon) == (second.chain, second.wallet, second.axon)
 
 
@@ -257,26 +260,40 @@ def test_flags_of_older_versions_warn_and_are_skipped_with_their_values():
     config = miner(
         *["--subtensor._mock", "--neuron.name", "m1", "--netuid", "7", "--no_prompt"],
         *["--neuron.vpermit_tao_limit", "-1", "--logging.record_log", "--blacklist.x=1"],
-        *["--port.range", "9000", "9300", "--auto_update", "patch", "--debug"],
+        *["--port.range", "9000", "9300", "--axon.max_workers", "8", "--debug"],
     )
     assert (config.chain.netuid, config.logging.level) == (7, "debug")
     assert len(config.warnings) == 8
     assert "embedded" in config.warnings[0]
 
 
-def test_auto_update_is_no_old_flag_for_a_validator():
-    assert validator("--auto_update", "patch").auto_update == "patch"
+def test_every_neuron_can_update_itself_and_a_script_cannot():
+    level = ["--auto_update", "notify", "--auto_update.delay", "0"]
+    bot = bot_config(level, {})
+    assert bot == PeerConfig(updates=UpdateConfig(level="notify", delay_s=0.0))
+    assert miner(*level).updates == validator(*level).updates == bot.updates
+    script = peer_config(["--auto_update", "patch"], {})
+    assert script.updates.level == "no"
+    assert "option of neurons" in script.warnings[0]
 
 
-@pytest.mark.parametrize("read", [miner_config, validator_config, all_config, peer_config])
+def test_a_miner_is_told_whom_to_ask():
+    config = miner("--axon.lookup_url", "https://example.org/ip", "--miner.no_speedtest")
+    assert (config.axon.lookup_url, config.speedtest) == ("https://example.org/ip", False)
+    mini = miner("--miner.speedtest_mini", "http://127.0.0.1:8080/mini")
+    assert (mini.speedtest, mini.speedtest_mini) == (True, "http://127.0.0.1:8080/mini")
+
+
+@pytest.mark.parametrize(
+    "read", [miner_config, validator_config, all_config, bot_config, peer_config]
+)
 def test_help_needs_nothing_and_tells_all(read, capsys):
     Path("validator.config.json").write_text("broken")
     with pytest.raises(SystemExit) as caught:
         read(["--help"], {})
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    role = {"miner_config": "miner", "validator_config": "validator", "all_config": "all"}
-    for option in options_of(role.get(read.__name__, "peer")).values():
+    for option in options_of(read.__name__.removesuffix("_config")).values():
         assert option.flag in text
         assert option.env is None or option.env in text
     assert "default: 10" in text
