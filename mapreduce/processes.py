@@ -55,9 +55,15 @@ class ProcessNotReady(LocalError):
 
 
 def spawn(
-    name: str, argv: Sequence[str], *, env: Mapping[str, str] | None = None, log_path: Path
+    name: str,
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    log_path: Path | None,
+    pass_fds: Sequence[int] = (),
 ) -> ChildProcess:
-    """Start `argv` in a session of its own, its output appended to `log_path`.
+    """Start `argv` in a session of its own, its output appended to `log_path`; None: it writes to
+    where this process does. It inherits the descriptors `pass_fds`.
 
     `env` replaces the environment; None passes ours on. A command that does not exist shows as a
     `ProcessDied` with exit code 127. May be called from any thread.
@@ -65,20 +71,29 @@ def spawn(
     Raises:
         OSError: the log cannot be opened, or the system cannot start a process.
     """
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("ab") as log:
-        log_start = log.tell()
+    with contextlib.ExitStack() as stack:
+        log, log_start = None, 0
+        if log_path is not None:
+            log_path.parent.mkdir(parents=True, exist_ok=True)
+            log = stack.enter_context(log_path.open("ab"))
+            log_start = log.tell()
         popen = _start(
             lambda: subprocess.Popen(
-                [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), *argv],
+                tied_to_this_process(argv),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
-                stderr=subprocess.STDOUT,
+                stderr=None if log is None else subprocess.STDOUT,
                 env=env,
                 start_new_session=True,
+                pass_fds=pass_fds,
             )
         )
     return ChildProcess(name, popen, log_path, log_start)
+
+
+def tied_to_this_process(argv: Sequence[str]) -> list[str]:
+    """The command line that runs `argv` in a process that dies with the thread that starts it."""
+    return [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), *argv]
 
 
 class ChildProcess:
@@ -89,7 +104,7 @@ class ChildProcess:
     """
 
     def __init__(
-        self, name: str, popen: subprocess.Popen[bytes], log_path: Path, log_start: int
+        self, name: str, popen: subprocess.Popen[bytes], log_path: Path | None, log_start: int
     ) -> None:
         self.name = name
         self.pid = popen.pid
@@ -165,7 +180,9 @@ class ChildProcess:
             return self._popen.returncode
 
     def last_lines(self, count: int = TAIL_LINES) -> list[str]:
-        """The end of what it has written since it was started."""
+        """The end of what it has written to its log since it was started."""
+        if self.log_path is None:
+            return []
         try:
             with self.log_path.open("rb") as log:
                 log.seek(max(self._log_start, log.seek(0, os.SEEK_END) - TAIL_BYTES))

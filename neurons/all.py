@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from mapreduce.config import all_config, run_cli
+from mapreduce.services.process import run_neuron
+
+if TYPE_CHECKING:
+    from mapreduce.config import ValidatorConfig
 
 
 def main() -> int:
     validator, miner = all_config()
-    # Imported late: --help and a mistyped flag need neither bittensor nor aiohttp.
-    from mapreduce.services.both import run_both
-    from mapreduce.services.neuron import run_neuron
-
     warnings = tuple(dict.fromkeys((*validator.warnings, *miner.warnings)))
-    config = replace(validator, warnings=warnings)
-    return run_neuron(config, "all", lambda config: run_both(config, miner))
+
+    async def serve(config: ValidatorConfig) -> None:
+        # Imported late: --help, a mistyped flag and a supervisor need no bittensor and no aiohttp.
+        from mapreduce.services.both import run_both
+
+        await run_both(config, miner)
+
+    return run_neuron(replace(validator, warnings=warnings), "all", serve)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from mapreduce.config import miner_config, run_cli
+from mapreduce.services.process import run_neuron
+
+if TYPE_CHECKING:
+    from mapreduce.config import MinerConfig
+
+
+async def serve(config: MinerConfig) -> None:
+    # Imported late: --help, a mistyped flag and a supervisor need no bittensor and no aiohttp.
+    from mapreduce.services.miner import run_miner
+
+    await run_miner(config)
 
 
 def main() -> int:
-    config = miner_config()
-    # Imported late: --help and a mistyped flag need neither bittensor nor aiohttp.
-    from mapreduce.services.miner import run_miner
-    from mapreduce.services.neuron import run_neuron
-
-    return run_neuron(config, "miner", run_miner)
+    return run_neuron(miner_config(), "miner", serve)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from mapreduce.config import run_cli, validator_config
+from mapreduce.services.process import run_neuron
+
+if TYPE_CHECKING:
+    from mapreduce.config import ValidatorConfig
+
+
+async def serve(config: ValidatorConfig) -> None:
+    # Imported late: --help, a mistyped flag and a supervisor need no bittensor and no aiohttp.
+    from mapreduce.services.validator import run_validator
+
+    await run_validator(config)
 
 
 def main() -> int:
-    config = validator_config()
-    # Imported late: --help and a mistyped flag need neither bittensor nor aiohttp.
-    from mapreduce.services.neuron import run_neuron
-    from mapreduce.services.validator import run_validator
-
-    return run_neuron(config, "validator", run_validator)
+    return run_neuron(validator_config(), "validator", serve)
 
 
 if __name__ == "__main__":

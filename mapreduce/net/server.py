@@ -5,7 +5,6 @@ Knows no route's meaning.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 from typing import TYPE_CHECKING
@@ -16,15 +15,16 @@ from mapreduce import __version__
 from mapreduce.errors import (
     BadMessage,
     LocalError,
-    PortInUse,
     Refused,
     Unavailable,
     VersionMismatch,
 )
 from mapreduce.net.auth import Caller, Denied, Verifier
+from mapreduce.net.listener import BACKLOG
 from mapreduce.wire.messages import MAX_MESSAGE_BYTES, ErrorAnswer, ErrorDetail, encode_message
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Awaitable, Callable
 
 VERSION_HEADER = "X-Mapreduce-Version"
@@ -123,8 +123,8 @@ def make_app(verifier: Verifier, readiness: Callable[[], str | None]) -> web.App
     return app
 
 
-async def start_server(app: web.Application, ip: str, port: int) -> web.AppRunner:
-    """Listens on `ip:port`; `await runner.cleanup()` ends it. Raises PortInUse or LocalError."""
+async def start_server(app: web.Application, listener: socket.socket) -> web.AppRunner:
+    """Serves on a socket that listens; `await runner.cleanup()` ends it and closes the socket."""
     runner = web.AppRunner(
         app,
         access_log=None,
@@ -132,16 +132,7 @@ async def start_server(app: web.Application, ip: str, port: int) -> web.AppRunne
         shutdown_timeout=SHUTDOWN_TIMEOUT_S,
     )
     await runner.setup()
-    try:
-        await web.TCPSite(runner, ip, port).start()
-    except OSError as error:
-        await runner.cleanup()
-        if error.errno == errno.EADDRINUSE:
-            raise PortInUse(ip, port) from None
-        raise LocalError(
-            f"cannot listen on {ip}:{port}: {error.strerror or error}; check --axon.ip and "
-            "--axon.port"
-        ) from None
+    await web.SockSite(runner, listener, backlog=BACKLOG).start()
     return runner
 
 

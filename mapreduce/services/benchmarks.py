@@ -78,6 +78,7 @@ class Benchmarks:
         self, coordinator: Coordinator, limits: BenchmarkLimits, config: ScoringConfig
     ) -> None:
         self.limits = limits
+        self.draining = False
         self._coordinator = coordinator
         self._config = config
         self._free: dict[str, asyncio.Future[Benchmark]] = {}
@@ -137,12 +138,16 @@ class Benchmarks:
                 slot.complete.set()
         return json_response(Accepted(job=report.job))
 
+    def under_way(self) -> str | None:
+        """Whether bots measure miners just now."""
+        return "a benchmark" if self._slots else None
+
     async def gather(self) -> list[str]:
         """The free bots, at least one, once those that were seen lately had time to come."""
         loop = asyncio.get_running_loop()
         while True:
-            while not self._free:
-                self._asked.clear()
+            while self.draining or not self._free:
+                self._asked.clear()  # bots ask twice a minute: the end of draining is seen
                 await self._asked.wait()
             deadline = loop.time() + GATHER_S
             while loop.time() < deadline:

@@ -37,6 +37,7 @@ from mapreduce.errors import (
 from mapreduce.net.client import call, make_http_session
 from mapreduce.net.pacing import Pacer
 from mapreduce.services.joining import find_validator, open_job
+from mapreduce.services.worker import Worker, supervised
 from mapreduce.wire.benchmarks import (
     MAX_WHAT,
     Benchmark,
@@ -67,6 +68,7 @@ WAIT_S = 30.0  # for the next benchmark; then the bot asks again
 ANSWER_S = 10.0  # that the answer may come late
 RETRY_S = (1.0, 30.0)  # between two attempts to reach the validator: the first, and the longest
 REPORT_ATTEMPTS = 5
+DRAINING_S = 0.2
 
 _log = logging.getLogger(__name__)
 
@@ -82,20 +84,30 @@ class Bot:
         http: aiohttp.ClientSession,
         proof_directory: Path,
     ) -> None:
+        self.draining = False
+        self._measuring = False
         self._key = key
         self._find_validator = find_validator
         self._http = http
         self._proof_directory = proof_directory
         self._validator: Remote | None = None
 
+    def under_way(self) -> str | None:
+        """Whether this bot is in a benchmark."""
+        return "a benchmark" if self._measuring else None
+
     async def run(self) -> None:
         """Runs one benchmark after the other, whatever happens to the validator."""
         retry_s = RETRY_S[0]
         while True:
             try:
+                if self.draining:
+                    await asyncio.sleep(DRAINING_S)
+                    continue
                 benchmark = await self._next()
                 retry_s = RETRY_S[0]
                 if benchmark is not None:
+                    self._measuring = True
                     await self._report(await self.measure(benchmark))
             except MapReduceError as error:
                 _log.warning("no benchmark", extra={"error": str(error), "retry_s": retry_s})
@@ -103,6 +115,8 @@ class Bot:
                 _log.exception("benchmark failed")
             else:
                 continue
+            finally:
+                self._measuring = False
             self._validator = None  # it may have moved
             await asyncio.sleep(retry_s * random.uniform(0.5, 1.0))
             retry_s = min(2 * retry_s, RETRY_S[1])
@@ -360,12 +374,14 @@ async def run_bot(config: PeerConfig) -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mapreduce-bot-") as proofs:
         async with make_http_session() as http:
-            bot = asyncio.create_task(Bot(key, find, http, Path(proofs)).run())
+            bot = Bot(key, find, http, Path(proofs))
+            running = asyncio.create_task(bot.run())
             stopped = asyncio.create_task(stop.wait())
-            await asyncio.wait([bot, stopped], return_when=asyncio.FIRST_COMPLETED)
-            bot.cancel()
+            async with supervised(Worker.from_environment(), [bot], stop.set, None):
+                await asyncio.wait([running, stopped], return_when=asyncio.FIRST_COMPLETED)
+            running.cancel()
             stopped.cancel()
-            await asyncio.wait([bot])
+            await asyncio.wait([running])
     _log.info("bot is stopping", extra={"seconds": round(time.monotonic() - started)})
-    if not bot.cancelled() and (error := bot.exception()) is not None:
+    if not running.cancelled() and (error := running.exception()) is not None:
         raise error

@@ -31,4 +31,4 @@ async def run_both(config: ValidatorConfig, mining: MinerConfig) -> None:
         await add_miner(neuron, directory, mining, app)
         async with validating(neuron, directory, config, app, mines=True):
             _log.info("the miner of this hotkey is paid by other validators only")
-            await neuron.serve(app, config.axon, uid)
+            await neuron.serve(app, config.axon, uid, state=config.state_path(neuron.hotkey))

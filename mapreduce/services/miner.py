@@ -54,6 +54,7 @@ class Miner:
     ) -> None:
         self.hotkey: str = key.ss58_address
         self.jobs: dict[str, MinerJob] = {}
+        self.draining = False
         self._sign = signer(key)
         self._accepted = AcceptedGrants(started_at)
         self._directory = directory
@@ -68,6 +69,11 @@ class Miner:
         app.router.add_post("/v1/jobs/{job}/grant", self._renew)
         app.router.add_get("/v1/jobs/{job}/stream", self._stream)
         app.on_shutdown.append(self._shutdown)
+
+    def under_way(self) -> str | None:
+        """How many jobs this miner serves; None without any."""
+        count = len(self.jobs)
+        return f"{count} job{'s' if count > 1 else ''}" if count else None
 
     @property
     def memory_free_bytes(self) -> int:
@@ -91,6 +97,7 @@ class Miner:
             max_jobs=self._max_jobs,
             memory_free_bytes=self.memory_free_bytes,
             memory_limit_bytes=self._memory_limit_bytes,
+            draining=self.draining,
         )
         return json_response(status)
 
@@ -132,6 +139,8 @@ class Miner:
         free = self.memory_free_bytes
         if self._closing:
             raise Refused("the miner is shutting down", code="closing", status=503)
+        if self.draining:
+            raise Refused("the miner ends its jobs, to be updated", code="draining", status=503)
         if len(self.jobs) >= self._max_jobs:
             raise Refused(
                 f"all {self._max_jobs} jobs (--miner.max_jobs) are taken", code="too_many_jobs"
@@ -215,6 +224,7 @@ async def add_miner(
     # No job could be accepted before; most of it has passed with imports and the chain.
     await asyncio.sleep(max(0.0, started_at + MAX_GRANT_AHEAD_S - time.time()))
     miner.add_routes(app)
+    neuron.duties.append(miner)
 
 
 async def run_miner(config: MinerConfig) -> None:

@@ -10,7 +10,7 @@ import ipaddress
 import logging
 import signal
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from mapreduce import __version__
 from mapreduce.chain import is_embedded
@@ -24,26 +24,20 @@ from mapreduce.chain.metagraph import (
 from mapreduce.chain.seam import connected
 from mapreduce.chain.wallets import load_wallet
 from mapreduce.errors import ConfigError, Unavailable
-from mapreduce.logs import configure_logging
-from mapreduce.net.loop import new_event_loop
+from mapreduce.net.listener import listen
 from mapreduce.net.server import start_server
+from mapreduce.services.worker import Worker, supervised
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine
+    from collections.abc import AsyncIterator
+    from pathlib import Path
 
     import bittensor as bt
     from aiohttp import web
     from bittensor.sp_core import Keypair
 
-    from mapreduce.config import (
-        AxonConfig,
-        ChainConfig,
-        MinerConfig,
-        ValidatorConfig,
-        WalletConfig,
-    )
-
-Config = TypeVar("Config", "MinerConfig", "ValidatorConfig")
+    from mapreduce.config import AxonConfig, ChainConfig, WalletConfig
+    from mapreduce.services.worker import Duty
 
 _log = logging.getLogger(__name__)
 
@@ -95,6 +89,7 @@ class Neuron:
         self.key: Keypair = wallet.hotkey
         self.hotkey: str = self.key.ss58_address
         self.role = role
+        self.duties: list[Duty] = []
         self._chain = chain
         self._wallet = wallet
         self._not_ready: str | None = "starting"
@@ -129,13 +124,18 @@ class Neuron:
         )
         return await require_registered(self.client, chain.netuid, self.hotkey, hint)
 
-    async def serve(self, app: web.Application, axon: AxonConfig, uid: int) -> None:
-        """Listens, publishes the axon, and returns after SIGINT or SIGTERM, everything closed."""
+    async def serve(
+        self, app: web.Application, axon: AxonConfig, uid: int, *, state: Path | None = None
+    ) -> None:
+        """Listens, publishes the axon, and returns after SIGINT or SIGTERM, everything closed.
+        `state` is the file that this neuron keeps, for its supervisor."""
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
-        runner = await start_server(app, axon.ip, axon.port)
+        worker = Worker.from_environment()
+        listener = None if worker is None else worker.listener
+        runner = await start_server(app, listener or listen(axon.ip, axon.port))
         try:
             port = runner.addresses[0][1]
             ip, external_port = await self._external_address(axon, port)
@@ -151,7 +151,8 @@ class Neuron:
                     "version": __version__,
                 },
             )
-            await stop.wait()
+            async with supervised(worker, self.duties, stop.set, state):
+                await stop.wait()
             self._not_ready = "stopping"
             _log.info(f"{self.role} is stopping")
         finally:
@@ -176,16 +177,3 @@ class Neuron:
             f"listening on {axon.ip}, which nobody can dial, and the chain shows no address of "
             "this hotkey yet: give the public one with --axon.external_ip"
         )
-
-
-def run_neuron(
-    config: Config, role: str, serve: Callable[[Config], Coroutine[Any, Any, None]]
-) -> int:
-    """Sets logging up and runs a neuron to its end, as the scripts in `neurons/` do."""
-    wallet = config.wallet
-    configure_logging(config.logging, name=f"{role}-{wallet.name}-{wallet.hotkey}")
-    for warning in config.warnings:
-        _log.warning(warning)
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(serve(config))
-    return 0

@@ -29,7 +29,8 @@ STATUS_TIMEOUT_S = 3.0
 OFFER_TIMEOUT_S = 5.0
 OFFER_ROUNDS = 4
 FRESH_METAGRAPH_S = 2.0
-NO_ROOM = frozenset({"too_many_jobs", "no_memory"})  # what a miner says that works for others
+# What a miner says that works for others, or will in a minute.
+NO_ROOM = frozenset({"too_many_jobs", "no_memory", "draining"})
 _RANDOM = random.SystemRandom()
 EXPLORATION = 0.05  # share of the choice that the scores do not decide: newcomers get work too
 
@@ -225,6 +226,8 @@ def _unable(status: MinerStatus | MapReduceError, needed_bytes: int) -> str | No
     """Why a miner cannot take a job, None if it can."""
     if isinstance(status, MapReduceError):
         return str(status)
+    if status.draining:
+        return "it ends its jobs, to be updated"
     if status.jobs >= status.max_jobs:
         return f"all {status.max_jobs} jobs are taken"
     if status.memory_free_bytes < needed_bytes:

@@ -84,6 +84,7 @@ async def validating(
                 history,
                 dry_run=not config.sets_weights,
             )
+            neuron.duties.append(benchmarks)
             rounds = Rounds(benchmarks, recruiter, directory, history, scoring)
             scorer = Scorer(
                 directory, history, auditor, organic, rounds, recruiter, setter, scoring
@@ -118,4 +119,4 @@ async def run_validator(config: ValidatorConfig) -> None:
         directory = Directory(neuron.client, config.chain.netuid)
         app = make_app(Verifier(neuron.hotkey), neuron.not_ready)
         async with validating(neuron, directory, config, app, mines=False):
-            await neuron.serve(app, config.axon, uid)
+            await neuron.serve(app, config.axon, uid, state=config.state_path(neuron.hotkey))

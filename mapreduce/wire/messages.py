@@ -141,7 +141,8 @@ class GrantedJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MinerStatus:
-    """What a miner has room for. Not evidence of anything: it never enters a score."""
+    """What a miner has room for. Not evidence of anything: it never enters a score. `draining`: it
+    takes no jobs just now, since it will be updated."""
 
     __pydantic_config__ = _STRICT
 
@@ -150,6 +151,7 @@ class MinerStatus:
     max_jobs: Count
     memory_free_bytes: Count
     memory_limit_bytes: Count
+    draining: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

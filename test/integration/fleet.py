@@ -25,6 +25,7 @@ from mapreduce.core.reduce import ReduceOp
 from mapreduce.core.scoring import ScoringConfig
 from mapreduce.net.auth import Verifier, new_session_key, sign_request
 from mapreduce.net.client import Remote, make_http_session
+from mapreduce.net.listener import listen
 from mapreduce.net.server import VERSION_HEADER, make_app, start_server
 from mapreduce.services.auditor import Auditor
 from mapreduce.services.benchmarks import BenchmarkLimits, Benchmarks
@@ -186,7 +187,7 @@ class Fleet:
         app = make_app(Verifier(key.ss58_address), lambda: self.not_ready)
         for part in (self.coordinator, self.auditor, self.benchmarks):
             part.add_routes(app)
-        self._runner = await start_server(app, "127.0.0.1", port)
+        self._runner = await start_server(app, listen("127.0.0.1", port))
         self.validator = Remote(
             "validator uid 0", key.ss58_address, "127.0.0.1", self._runner.addresses[0][1]
         )
@@ -203,7 +204,7 @@ class Fleet:
         miner = Miner(key, self.directory, started_at=started_at, **(limits | options))
         app = make_app(Verifier(key.ss58_address), lambda: None)
         miner.add_routes(app)
-        runner = await start_server(app, "127.0.0.1", 0)
+        runner = await start_server(app, listen("127.0.0.1", 0))
         port = runner.addresses[0][1]
         uid = self.directory.add(key.ss58_address, port)
         self.miners.append(MinerNode(key, uid, miner, runner, port))

@@ -21,6 +21,7 @@ from mapreduce.errors import (
 )
 from mapreduce.net.auth import new_session_key, sign_request
 from mapreduce.net.client import call
+from mapreduce.net.listener import listen
 from mapreduce.net.server import VERSION_HEADER, make_app, start_server
 from mapreduce.services import miner_job
 from mapreduce.wire.messages import (
@@ -365,7 +366,7 @@ async def test_a_port_in_use_is_named() -> None:
     async with Fleet(0) as fleet:
         port = fleet.validator.port
         with pytest.raises(PortInUse, match=f"127.0.0.1:{port}") as caught:
-            await start_server(make_app(None, lambda: None), "127.0.0.1", port)  # type: ignore[arg-type]
+            await start_server(make_app(None, lambda: None), listen("127.0.0.1", port))  # type: ignore[arg-type]
         assert caught.value.port == port
 
 

@@ -25,6 +25,7 @@ from mapreduce.local import LocalSubnet
 from mapreduce.local_chain import WALLETS
 from mapreduce.net.auth import Verifier, new_session_key, signer
 from mapreduce.net.client import Remote, call
+from mapreduce.net.listener import listen
 from mapreduce.net.server import make_app, start_server
 from mapreduce.score import ask
 from mapreduce.services import joining, miner_job
@@ -93,7 +94,7 @@ async def asked(fleet: Fleet) -> AsyncIterator[Remote]:
     hotkey = fleet.validator_key.ss58_address
     app = make_app(Verifier(hotkey), lambda: None)
     feedback.add_routes(app)
-    runner = await start_server(app, "127.0.0.1", 0)
+    runner = await start_server(app, listen("127.0.0.1", 0))
     try:
         yield Remote("validator uid 0", hotkey, "127.0.0.1", runner.addresses[0][1])
     finally:

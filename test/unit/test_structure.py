@@ -28,6 +28,7 @@ LAYERS = (
         "mapreduce.logs",
         "mapreduce.processes",
         "mapreduce.ranks",
+        "mapreduce.releases",
     ),
     ("mapreduce.services",),
     (
@@ -37,6 +38,7 @@ LAYERS = (
         "mapreduce.demo",
         "mapreduce.demo_incentive",
         "mapreduce.score",
+        "mapreduce.selfcheck",
         "mapreduce.verify",
         "peer",
         "neurons",

@@ -1,0 +1,409 @@
+"""Runs a neuron as a child process, and changes it to newer releases.
+
+The supervisor is the process that the operator started, and stays: it holds the socket that the
+neuron listens on, so that nobody is refused while one release ends and the next begins. A release
+is installed while the old one works; the old one finishes its jobs and ends; the new one must
+become ready and stay, or the old one is started again, with its state as it was. Knows this order
+and the child's channel (`worker.py`); does not know git or pip (`releases.py`), nor what a neuron
+does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import random
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from mapreduce.core.releases import Release, newest, step_between
+from mapreduce.core.versions import Version
+from mapreduce.errors import LocalError, MapReduceError
+from mapreduce.net.listener import listen
+from mapreduce.processes import ChildProcess, spawn
+from mapreduce.releases import (
+    BadRelease,
+    Checkout,
+    CommandFailed,
+    Installations,
+    environment_of_releases,
+    own_version,
+)
+from mapreduce.services.worker import BUSY, DRAIN, DRAINED, READY, RESUME, VARIABLE
+from mapreduce.store.aside import let_go, put_back, set_aside
+
+if TYPE_CHECKING:
+    from mapreduce.config import AxonConfig, UpdateConfig
+
+READY_S: Final = 40.0  # with the old release started again, less than a minute for a broken one
+PROBATION_S: Final = 30.0
+DRAIN_S: Final = 600.0
+DRAIN_AGAIN_S: Final = 3600.0
+STOP_S: Final = 20.0
+FIRST_LOOK_S: Final = 60.0
+END_S: Final = 5.0
+MAX_REASON: Final = 500
+
+_log = logging.getLogger(__name__)
+
+
+class NotGood(MapReduceError):
+    """A release that runs did not become ready, or did not stay; the message says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A version of the neuron, and how to run it."""
+
+    version: Version
+    argv: tuple[str, ...]
+    environ: dict[str, str]
+
+
+class Child:
+    """One run of a program, and the supervisor's end of its channel."""
+
+    def __init__(self, program: Program, process: ChildProcess, channel: socket.socket) -> None:
+        self.program = program
+        self.state: Path | None = None
+        self.work = ""
+        self.ready = asyncio.Event()
+        self.drained = asyncio.Event()
+        self.ended: asyncio.Task[int] = asyncio.create_task(self._listen(channel))
+        self._process = process
+        self._writer: asyncio.StreamWriter | None = None
+
+    @classmethod
+    def start(cls, program: Program, name: str, listener: socket.socket | None) -> Self:
+        """Raises OSError if the system cannot start a process."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            passed = [theirs.fileno(), *([] if listener is None else [listener.fileno()])]
+            env = {**program.environ, VARIABLE: " ".join(map(str, passed))}
+            process = spawn(name, program.argv, env=env, log_path=None, pass_fds=passed)
+        return cls(program, process, ours)
+
+    async def _listen(self, channel: socket.socket) -> int:
+        """Hears the child until it has ended; returns its exit code."""
+        reader, self._writer = await asyncio.open_unix_connection(sock=channel)
+        with contextlib.suppress(OSError, ValueError):  # a line without an end
+            while line := await reader.readline():
+                self._hear(json.loads(line))
+        self._writer.close()
+        # Only the child had the other end, so it is ending; it may have closed it and hang.
+        code = await asyncio.to_thread(self._process.wait, END_S)
+        return self._process.kill() if code is None else code
+
+    def _hear(self, message: dict[str, Any]) -> None:  # as the child wrote it
+        event = message.get("event")
+        if event == READY:
+            state = message.get("state")
+            self.state = None if state is None else Path(str(state))
+            self.ready.set()
+        elif event == BUSY:
+            self.work = str(message.get("work"))
+        elif event == DRAINED:
+            self.drained.set()
+
+    def tell(self, command: str) -> None:
+        """Says a word to the child, if it still hears."""
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(json.dumps({"command": command}).encode() + b"\n")
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Raises NotGood if it ends, or does not say so in time."""
+        if not await self._first(self.ready, timeout_s):
+            how = self._how_it_ended() or f"was not ready after {timeout_s:g} s"
+            raise NotGood(f"version {self.program.version} {how}")
+
+    async def wait_proven(self, timeout_s: float) -> None:
+        """Raises NotGood if it ends within the time."""
+        await asyncio.wait([self.ended], timeout=timeout_s)
+        if how := self._how_it_ended():
+            raise NotGood(f"version {self.program.version} {how}, soon after it was ready")
+
+    async def wait_drained(self, timeout_s: float) -> bool:
+        """Whether nothing is under way any more, or the child has ended by itself."""
+        self.drained.clear()
+        self.tell(DRAIN)
+        return await self._first(self.drained, timeout_s) or self.ended.done()
+
+    async def _first(self, event: asyncio.Event, timeout_s: float) -> bool:
+        """Whether the event comes in time and before the end."""
+        waiting = asyncio.create_task(event.wait())
+        try:
+            await asyncio.wait(
+                [waiting, self.ended], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            return event.is_set()
+        finally:
+            waiting.cancel()
+
+    def _how_it_ended(self) -> str | None:
+        if not self.ended.done():
+            return None
+        code = self.ended.result()
+        return f"ended with exit code {code}" if code >= 0 else f"was ended by signal {-code}"
+
+    async def stop(self) -> int:
+        """SIGTERM, and SIGKILL for what does not end; returns the exit code."""
+        self._process.send_signal(signal.SIGTERM)
+        await asyncio.wait([self.ended], timeout=STOP_S)
+        if not self.ended.done():
+            _log.warning("the neuron does not stop: it is killed")
+            self._process.kill()
+        return await asyncio.shield(self.ended)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+class Supervisor:
+    """One neuron and its releases. `module` is what runs as `neurons.MODULE`; `listener` is the
+    socket it listens on, None for a bot."""
+
+    def __init__(
+        self,
+        checkout: Checkout,
+        installed: Installations,
+        updates: UpdateConfig,
+        module: str,
+        listener: socket.socket | None,
+    ) -> None:
+        self.exit_code = 0
+        self._checkout = checkout
+        self._installed = installed
+        self._updates = updates
+        self._module = module
+        self._listener = listener
+        self._own = Program(own_version(), (sys.executable, *sys.orig_argv[1:]), dict(os.environ))
+        self._progress = installed.load()
+        self._child: Child | None = None
+        self._told: set[str] = set()
+
+    async def run(self) -> None:
+        """Runs the neuron until it ends by itself; stops it when cancelled. `exit_code` is what it
+        ended with.
+
+        Raises LocalError or OSError if it cannot be started.
+        """
+        try:
+            child = self._start(await self._first_program())
+            pause_s = min(FIRST_LOOK_S, self._updates.every_s)
+            while True:
+                search = asyncio.create_task(self._search(child.program.version, pause_s))
+                await asyncio.wait([search, child.ended], return_when=asyncio.FIRST_COMPLETED)
+                if child.ended.done():
+                    search.cancel()
+                    return
+                child, pause_s = await self._switch(child, search.result())
+        finally:
+            if self._child is not None:
+                self.exit_code = await self._child.stop()
+
+    def kill(self) -> None:
+        """Ends the neuron at once."""
+        if self._child is not None:
+            self._child.kill()
+
+    def _start(self, program: Program) -> Child:
+        self._child = Child.start(program, self._module, self._listener)
+        return self._child
+
+    # Which release --------------------------------------------------------------------------------
+
+    async def _first_program(self) -> Program:
+        """What ran last, if it still can; else the checkout's own version."""
+        progress = self._progress
+        if progress.trying is not None:
+            _log.warning("an update was interrupted", extra={"version": progress.trying})
+            await self._undo()
+        if progress.current is None:
+            return self._own
+        version = Version.parse(progress.current)
+        if version > self._own.version:
+            if await self._installed.works(progress.current):
+                return self._program(version)
+            _log.warning("this release does not run here any more", extra={"version": version})
+        progress.current = None
+        self._installed.save(progress)
+        return self._own
+
+    def _program(self, version: Version) -> Program:
+        python = str(self._installed.python(str(version)))
+        argv = (python, "-m", f"neurons.{self._module}", *sys.argv[1:])
+        return Program(version, argv, environment_of_releases(os.environ))
+
+    async def _search(self, running: Version, pause_s: float) -> Release:
+        """Looks for a release to take, from time to time, until one is there and installed."""
+        pause_s *= random.random()
+        while True:
+            await asyncio.sleep(pause_s)
+            try:
+                release = await self._look(running)
+            except (CommandFailed, LocalError) as error:
+                _log.warning("no update", extra={"error": str(error)})
+            else:
+                if release is not None:
+                    return release
+            pause_s = self._updates.every_s * random.uniform(0.75, 1.25)
+
+    async def _look(self, running: Version) -> Release | None:
+        """A release that is installed and to be taken now.
+
+        Raises CommandFailed or LocalError if that cannot be found out, or not be installed.
+        """
+        changes = await self._checkout.changes()
+        if changes:
+            self._tell_once(
+                f"{self._checkout.root} has changes that are not committed: nothing is updated",
+                files=changes[:8],
+            )
+            return None
+        release = await self._offered(running)
+        if release is None:
+            return None
+        if not await self._installed.works(str(release.version)):
+            delay_s = random.uniform(0, self._updates.delay_s)
+            _log.info("a newer release", extra={"version": release.tag, "in_s": round(delay_s)})
+            await asyncio.sleep(delay_s)
+            release = await self._offered(running)  # there may be another one by now, or none
+            if release is None:
+                return None
+            _log.info("installing", extra={"version": release.tag})
+        try:
+            await self._installed.install(release)
+        except BadRelease as error:
+            self._give_up(release, str(error))
+            return None
+        return release
+
+    async def _offered(self, running: Version) -> Release | None:
+        """The newest release that may be taken; tells, once each, of those that may not."""
+        level = self._updates.level
+        releases = await self._checkout.releases()
+        largest = newest(releases, running, "major")
+        assert level != "no"  # then there is no supervisor
+        if level == "notify":
+            if largest is not None:
+                self._tell_once("a newer release", version=largest.tag, running=running)
+            return None
+        release = newest(releases, running, level, self._progress.failed)
+        if largest is not None and largest != release:
+            failed = self._progress.failed.get(largest.commit)
+            step = step_between(running, largest.version)
+            why = failed or f"a {step} release, and auto_update is {level}"
+            self._tell_once("a newer release is not taken", version=largest.tag, why=why)
+        return release
+
+    def _tell_once(self, message: str, **facts: object) -> None:
+        text = f"{message} {facts}"
+        if text not in self._told:
+            self._told.add(text)
+            _log.warning(message, extra=facts)
+
+    def _give_up(self, release: Release, reason: str) -> None:
+        self._progress.failed[release.commit] = reason[:MAX_REASON]
+        self._installed.save(self._progress)
+        _log.error(
+            "a release is not good, and is not tried again",
+            extra={"version": release.tag, "reason": reason},
+        )
+
+    # Changing to it -------------------------------------------------------------------------------
+
+    async def _switch(self, old: Child, release: Release) -> tuple[Child, float]:
+        """Ends the old release and starts the new one, or the old one again if it is not good.
+
+        Returns the child that runs now, and the seconds until releases are looked for again.
+        """
+        if not await old.wait_drained(DRAIN_S):
+            old.tell(RESUME)
+            _log.warning(
+                "an update waits for work that is under way; a restart takes it at once",
+                extra={"version": release.tag, "work": old.work, "again_in_s": DRAIN_AGAIN_S},
+            )
+            return old, DRAIN_AGAIN_S
+        _log.info("updating", extra={"from": old.program.version, "to": release.version})
+        version = str(release.version)
+        self._progress.trying = version
+        self._progress.state = None if old.state is None else str(old.state)
+        self._installed.save(self._progress)
+        await old.stop()
+        try:
+            if old.state is not None:
+                await asyncio.to_thread(set_aside, old.state)
+            new = self._start(self._program(release.version))
+            await new.wait_ready(READY_S)
+            await new.wait_proven(PROBATION_S)
+        except (NotGood, LocalError, OSError) as error:
+            return await self._roll_back(old.program, release, str(error)), self._updates.every_s
+        self._progress.current = version
+        self._progress.trying = self._progress.state = None
+        self._installed.save(self._progress)
+        if old.state is not None:
+            let_go(old.state)
+        gone = await self._installed.prune()
+        _log.info("updated", extra={"version": version, "removed": gone})
+        return new, self._updates.every_s
+
+    async def _roll_back(self, program: Program, release: Release, reason: str) -> Child:
+        """Starts the old program again, with the state that it left."""
+        _log.error("an update failed: the old release is started again", extra={"reason": reason})
+        if self._child is not None:
+            await self._child.stop()
+        await self._undo()
+        back = self._start(program)
+        try:
+            await back.wait_ready(READY_S)
+        except NotGood as error:
+            # Then it may have been the chain, or this machine, and no fault of the release.
+            _log.error("the old release does not start either", extra={"reason": str(error)})
+        else:
+            self._give_up(release, reason)
+            await self._installed.prune()
+            _log.info("rolled back", extra={"version": program.version})
+        return back
+
+    async def _undo(self) -> None:
+        """What the release that was tried has left behind goes."""
+        progress = self._progress
+        if progress.state is not None:
+            await asyncio.to_thread(put_back, Path(progress.state))
+        progress.trying = progress.state = None
+        self._installed.save(progress)
+
+
+def supervise(updates: UpdateConfig, name: str, module: str, axon: AxonConfig | None) -> int:
+    """Runs a neuron, `neurons.MODULE` with this process's arguments, until it ends or this process
+    is told to; returns its exit code. `name` tells the neurons of a machine apart.
+
+    Raises NotUpdatable before anything has begun, or LocalError.
+    """
+    return asyncio.run(_supervise(updates, name, module, axon))
+
+
+async def _supervise(updates: UpdateConfig, name: str, module: str, axon: AxonConfig | None) -> int:
+    checkout = await Checkout.find()
+    listener = None if axon is None else listen(axon.ip, axon.port)
+    supervisor = Supervisor(checkout, Installations(checkout, name), updates, module, listener)
+    running = asyncio.create_task(supervisor.run())
+
+    def stop() -> None:
+        if not running.cancel():  # the second time
+            supervisor.kill()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+    code = supervisor.exit_code
+    return code if code >= 0 else 128 - code

@@ -1,0 +1,210 @@
+"""Neurons that change themselves to newer releases: real repositories, tags, processes and jobs.
+
+Most tests leave pip out (`test/updates/neuron.py`); one does not.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from mapreduce import __version__
+from test.updates.fleet import UpdatingSubnet
+from test.updates.repository import git
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from peer import Peer
+
+QUICK = {"TRY_PROBATION_S": "2", "TRY_READY_S": "8"}
+READY = "miner is ready"
+
+
+def sum_once(peer: Peer) -> float:
+    tensor = np.full(1000, float(peer.rank), dtype=np.float32)
+    return float(np.asarray(peer.all_reduce(tensor, op="sum"))[0])
+
+
+def sum_for_seconds(peer: Peer) -> list[float]:
+    """One job that lasts; every rank leaves after the same step."""
+    sums = []
+    for _ in range(60):
+        sums.append(sum_once(peer))
+        time.sleep(0.1)
+    return sums
+
+
+def subnet(tmp_path: Path, level: str = "patch", **options: Any) -> UpdatingSubnet:
+    return UpdatingSubnet(tmp_path, {"miner-1": level}, environ=QUICK, miners=1, **options)
+
+
+def following(version: str, major: int = 0, patch: int = 1) -> str:
+    """A version after this one."""
+    x, y, z = (int(part) for part in version.split("."))
+    return f"{x + major}.{y}.{z + patch}"
+
+
+NEXT = following(__version__)
+AFTER = following(__version__, patch=2)
+MAJOR = following(__version__, major=1)
+
+
+def state_of(fleet: UpdatingSubnet) -> dict[str, Any]:
+    (file,) = (fleet.checkout / ".releases").glob("miner-*.json")
+    document: dict[str, Any] = json.loads(file.read_text())
+    return document
+
+
+def test_a_good_release_is_taken_once_the_job_has_ended(tmp_path: Path) -> None:
+    with subnet(tmp_path) as fleet:
+        port = fleet.axon(fleet.miner_uids[0])[1]
+        results: list[list[float]] = []
+        job = threading.Thread(target=lambda: results.extend(fleet.run(sum_for_seconds, 2, 4000)))
+        job.start()
+        fleet.origin.release(NEXT)
+        fleet.origin.release(MAJOR)
+        log = fleet.wait_log("miner-1", "updated", 90)
+        job.join()
+        assert results == [[3.0] * 60] * 2  # what was under way went on to its end
+        assert log.index("job ended") < log.index(f"to={NEXT}") < log.rindex(READY)
+        assert f"version={NEXT}" in log[log.rindex(READY) :]
+        assert "a newer release is not taken" in log
+        assert "a major release, and auto_update is patch" in log
+        assert fleet.axon(fleet.miner_uids[0])[1] == port
+        assert fleet.run(sum_once, 2, 4000) == [3.0, 3.0]
+        assert state_of(fleet)["current"] == NEXT
+        assert fleet.installed() == [NEXT]
+        assert git(fleet.checkout, "status", "--porcelain") == ""
+        assert fleet.miners[0].stop() == 0
+
+
+def test_what_ran_last_runs_after_a_restart(tmp_path: Path) -> None:
+    with subnet(tmp_path) as fleet:
+        fleet.origin.release(NEXT)
+        fleet.wait_log("miner-1", "updated")
+        fleet.miners[0].stop()
+        fleet.restart_miner()
+        log = fleet.wait_log("miner-1", READY, count=3)
+        assert f"version={NEXT}" in log[log.rindex(READY) :]
+        # An environment that a new system Python has broken: the checkout's own code runs.
+        fleet.miners[0].stop()
+        python = fleet.checkout / ".releases" / NEXT / "venv" / "bin" / "python"
+        python.write_text("#!/bin/sh\nexit 1\n")
+        fleet.restart_miner()
+        log = fleet.wait_log("miner-1", "this release does not run here any more")
+        log = fleet.wait_log("miner-1", "updated", count=2)  # and it is installed once more
+        assert fleet.run(sum_once, 2, 4000) == [3.0, 3.0]
+
+
+MINER, WORKER, CHECK = (
+    f"mapreduce/{name}.py" for name in ("services/miner", "services/worker", "selfcheck")
+)
+START = "    check_subnormals()\n"
+TELL = "        self._tell(READY,"
+BROKEN = {
+    "dies at start": (MINER, START, '    raise LookupError("on purpose")\n'),
+    "never ready": (MINER, START, START + "    await asyncio.sleep(3600)\n"),
+    "dies after start": (
+        WORKER,
+        TELL,
+        "        asyncio.get_running_loop().call_later(1, os._exit, 3)\n" + TELL,
+    ),
+}
+EXPECTED = {
+    "dies at start": "ended with exit code 1",
+    "never ready": "was not ready after 8 s",
+    "dies after start": "ended with exit code 3, soon after it was ready",
+}
+NO_CHECK = (CHECK, "    with LocalSubnet(", "    return 0\n    with LocalSubnet(")
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_release_that_does_not_serve_is_rolled_back(tmp_path: Path, how: str) -> None:
+    with subnet(tmp_path) as fleet:
+        commit = fleet.origin.release(NEXT, BROKEN[how], NO_CHECK)
+        log = fleet.wait_log("miner-1", "rolled back", 60)
+        assert f"version={__version__}" in log[log.rindex(READY) :]
+        assert EXPECTED[how] in state_of(fleet)["failed"][commit]
+        assert fleet.installed() == []
+        assert fleet.run(sum_once, 2, 4000) == [3.0, 3.0]
+        # It is not tried again, and the next one is.
+        fleet.origin.release(AFTER)
+        log = fleet.wait_log("miner-1", "updated", 60)
+        assert log.count(f"to={NEXT}") == 1
+        assert state_of(fleet)["current"] == AFTER
+
+
+def test_a_release_that_is_not_good_is_never_started(tmp_path: Path) -> None:
+    with subnet(tmp_path) as fleet:
+        fleet.origin.release(NEXT, (MINER, "import psutil", "import a_package_that_is_missing"))
+        log = fleet.wait_log("miner-1", "a release is not good")
+        assert "a_package_that_is_missing" in log
+        fleet.origin.release(MAJOR)
+        git(fleet.origin.path, "tag", f"v{AFTER}")
+        log = fleet.wait_log("miner-1", "a release is not good", count=2)
+        assert f"says that it is version {MAJOR}" in log
+        assert log.count(READY) == 1
+        assert fleet.installed() == []
+
+
+def test_only_told_of_with_notify_and_nothing_in_a_changed_tree(tmp_path: Path) -> None:
+    with subnet(tmp_path, "notify") as fleet:
+        fleet.origin.release(NEXT)
+        fleet.origin.release(MAJOR)
+        log = fleet.wait_log("miner-1", "a newer release")
+        assert f"version=v{MAJOR}" in log
+        time.sleep(2)  # some more looks
+        assert fleet.log("miner-1").count("a newer release") == 1
+        assert not (fleet.checkout / ".releases").exists() or fleet.installed() == []
+    other = tmp_path / "other"
+    other.mkdir()
+    with subnet(other) as fleet:
+        (fleet.checkout / "README.md").write_text("mine")
+        fleet.origin.release(NEXT)
+        log = fleet.wait_log("miner-1", "changes that are not committed")
+        assert "README.md" in log
+        git(fleet.checkout, "checkout", "README.md")
+        fleet.wait_log("miner-1", "updated")
+
+
+def test_a_repository_that_does_not_answer_is_said_and_changes_nothing(tmp_path: Path) -> None:
+    with subnet(tmp_path) as fleet:
+        hidden = fleet.origin.path.rename(tmp_path / "hidden")
+        fleet.wait_log("miner-1", "no update", count=2)
+        assert fleet.run(sum_once, 2, 4000) == [3.0, 3.0]
+        hidden.rename(fleet.origin.path)
+        fleet.origin.release(NEXT)
+        fleet.wait_log("miner-1", "updated")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_in_the_middle_of_an_update_leaves_nothing_behind(
+    tmp_path: Path, number: int
+) -> None:
+    with UpdatingSubnet(
+        tmp_path, {"miner-1": "patch"}, environ={"TRY_PROBATION_S": "60"}, miners=1
+    ) as fleet:
+        fleet.origin.release(NEXT)
+        fleet.wait_log("miner-1", READY, count=2)
+        fleet.miners[0].send_signal(number)
+        assert fleet.miners[0].wait(20) == 0
+        assert state_of(fleet)["trying"] == NEXT
+        fleet.restart_miner()
+        log = fleet.wait_log("miner-1", "an update was interrupted")
+        log = fleet.wait_log("miner-1", f"to={NEXT}", count=2)  # it is tried once more
+        assert log.count(READY) >= 3
+
+
+def test_with_pip_into_an_environment_of_its_own(tmp_path: Path) -> None:
+    with UpdatingSubnet(tmp_path, {"miner-1": "minor"}, fast=False, miners=1) as fleet:
+        fleet.origin.release(NEXT)
+        log = fleet.wait_log("miner-1", READY, 110, count=2)
+        assert f"version={NEXT}" in log[log.rindex(READY) :]
+        assert fleet.run(sum_once, 2, 4000) == [3.0, 3.0]
