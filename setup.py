@@ -31,6 +31,7 @@ setup(
         "numpy>=1.26",
         "psutil>=5.9",
         "pydantic>=2.7,<3",
+        "speedtest-cli>=2.1.3,<3",
         "torch>=2.2",
         "uvloop>=0.19",
     ],

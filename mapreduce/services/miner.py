@@ -22,6 +22,7 @@ from mapreduce.net.stream import is_upgrade
 from mapreduce.services.grants import MAX_GRANT_AHEAD_S, AcceptedGrants, read_grant
 from mapreduce.services.miner_job import MinerJob
 from mapreduce.services.neuron import Directory, Neuron
+from mapreduce.services.speedtest import SpeedTests
 from mapreduce.wire.messages import (
     Accepted,
     Grant,
@@ -225,6 +226,12 @@ async def add_miner(
     await asyncio.sleep(max(0.0, started_at + MAX_GRANT_AHEAD_S - time.time()))
     miner.add_routes(app)
     neuron.duties.append(miner)
+    SpeedTests(
+        miner._require_validator,
+        lambda: len(miner.jobs),
+        enabled=config.speedtest,
+        mini=config.speedtest_mini,
+    ).add_routes(app)
 
 
 async def run_miner(config: MinerConfig) -> None:

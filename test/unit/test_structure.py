@@ -39,6 +39,7 @@ LAYERS = (
         "mapreduce.demo_incentive",
         "mapreduce.score",
         "mapreduce.selfcheck",
+        "mapreduce.speedtest",
         "mapreduce.verify",
         "peer",
         "neurons",
