@@ -38,6 +38,7 @@ Knows the texts a person reads; ranks in them count from 1, as in `Peer`.
         +-- PeerTimeout            a rank did not enter or finish the step in time
         +-- ValidatorUnreachable   no answer from the validator's axon
         +-- ChainUnavailable       no answer from the chain
+        |   +-- ChainStalled       ... or no new block, for so long that the neuron has stopped
         +-- StepInDoubt            a miner was lost between acknowledgement and commit
 """
 
@@ -348,6 +349,10 @@ class ValidatorUnreachable(Unavailable):
 
 class ChainUnavailable(Unavailable):
     """No answer from the chain."""
+
+
+class ChainStalled(ChainUnavailable):
+    """A neuron has stopped: for too long it has seen no new block. Starting it again may help."""
 
 
 class StepInDoubt(Unavailable):

@@ -33,18 +33,24 @@ _WRITE_PATIENCE_S: Final = 30.0  # another process holds the lock for about a mi
 class Connection:
     """The state of one chain as this process sees it. Use it from the thread that opened it."""
 
-    def __init__(self, path: Path, clock: Callable[[], float]) -> None:
-        """Open the file, creating a chain with the default parameters where there is none.
+    def __init__(
+        self, path: Path, clock: Callable[[], float], *, before: tuple[int, int] | None = None
+    ) -> None:
+        """Open the file, creating a chain with the default parameters where there is none. `before`
+        is the `file` of an earlier connection, if this must be the same one.
 
         Raises:
             ConfigError: the file cannot be opened or is no chain of this version.
+            ChainUnavailable: it is not the file that it was.
         """
+        if before is not None:
+            _require_same(path, before)
         ledger = open_ledger(path, lambda new: write_genesis(new, new_genesis(now_s=clock())))
         self.genesis = read_genesis(ledger)
         self.ledger = ledger
         self.state = State(ledger, self.genesis)
         self._clock = clock
-        self._file = _identity(path)
+        self.file = _identity(path)
 
     def close(self) -> None:
         """Close the file."""
@@ -56,19 +62,12 @@ class Connection:
         Raises:
             ChainUnavailable: the file was removed or replaced under this process.
         """
-        self._require_same_file()
+        # SQLite would go on with the removed file, and this process would live on a chain of its
+        # own.
+        _require_same(self.ledger.path, self.file)
         age_s = max(self._clock() - self.genesis.created_at_s, 0.0)
         by_clock = 1 + int(age_s / self.genesis.block_time_s)
         return max(by_clock, int(self.ledger.get("System", "Number")))
-
-    def _require_same_file(self) -> None:
-        # SQLite would go on with the removed file, and this process would live on a chain of its
-        # own.
-        if _identity(self.ledger.path) != self._file:
-            raise ChainUnavailable(
-                f"the embedded chain {self.ledger.path} was removed or replaced; "
-                "restart this process"
-            )
 
     def block_time_unix_s(self, block: int) -> float:
         """When a block begins."""
@@ -111,6 +110,13 @@ class Connection:
             self.ledger.rollback()
             raise
         return result
+
+
+def _require_same(path: Path, file: tuple[int, int] | None) -> None:
+    if _identity(path) != file:
+        raise ChainUnavailable(
+            f"the embedded chain {path} was removed or replaced; restart this process"
+        )
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -104,6 +104,7 @@ class EmbeddedSubstrate(Unserved):
         self.token_symbols: dict[int, str] = {}
         self._clock = clock
         self._connection: Connection | None = None
+        self._file: tuple[int, int] | None = None
         # The signed extrinsic inside the ciphertext that the same task submits next.
         self._sealed: weakref.WeakKeyDictionary[asyncio.Task[Any], bytes] = (
             weakref.WeakKeyDictionary()
@@ -112,13 +113,16 @@ class EmbeddedSubstrate(Unserved):
     # Lifecycle -----------------------------------------------------------------------------------
 
     async def connect(self) -> None:
-        """Open the file, creating a chain with the default parameters where there is none.
+        """Open the file, creating a chain with the default parameters where there is none, but for
+        a second time only the same file.
 
         Raises:
             ConfigError: the file cannot be opened or is no chain of this version.
+            ChainUnavailable: it was removed or replaced since it was opened first.
         """
         if self._connection is None:
-            self._connection = Connection(self.path, self._clock)
+            self._connection = Connection(self.path, self._clock, before=self._file)
+            self._file = self._connection.file
 
     async def close(self) -> None:
         """Close the file."""

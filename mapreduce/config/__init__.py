@@ -30,7 +30,7 @@ from mapreduce.config.roles import (
 )
 from mapreduce.config.sources import Source, gather
 from mapreduce.core.scoring_config import ScoringConfig
-from mapreduce.errors import ConfigError, LocalError, MapReduceError
+from mapreduce.errors import ChainStalled, ConfigError, LocalError, MapReduceError
 
 if TYPE_CHECKING:
     import argparse
@@ -59,6 +59,7 @@ __all__ = [
 ]
 
 CGROUP = Path("/sys/fs/cgroup")
+EXIT_STALLED = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def miner_config(
@@ -125,14 +126,16 @@ def peer_config(
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and end the process; an error made on purpose becomes one line on stderr.
 
-    The exit code is what `main` returns; 2 for wrong use (`LocalError`), 1 for any other error of
-    ours, 130 for Ctrl+C.
+    The exit code is what `main` returns; 2 for wrong use (`LocalError`), 75 if the chain stood
+    still, so that starting again may help, 1 for any other error of ours, 130 for Ctrl+C.
     """
     try:
         code = main() or 0
     except MapReduceError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2 if isinstance(error, LocalError) else 1
+        if isinstance(error, ChainStalled):
+            code = EXIT_STALLED
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)

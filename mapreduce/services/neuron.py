@@ -23,9 +23,10 @@ from mapreduce.chain.metagraph import (
 )
 from mapreduce.chain.seam import connected
 from mapreduce.chain.wallets import load_wallet
-from mapreduce.errors import ConfigError, Unavailable
+from mapreduce.errors import ChainStalled, ConfigError, Unavailable
 from mapreduce.net.listener import listen
 from mapreduce.net.server import start_server
+from mapreduce.services.watchdog import watched
 from mapreduce.services.worker import Worker, supervised
 
 if TYPE_CHECKING:
@@ -128,8 +129,17 @@ class Neuron:
         self, app: web.Application, axon: AxonConfig, uid: int, *, state: Path | None = None
     ) -> None:
         """Listens, publishes the axon, and returns after SIGINT or SIGTERM, everything closed.
-        `state` is the file that this neuron keeps, for its supervisor."""
+        `state` is the file that this neuron keeps, for its supervisor.
+
+        Raises ChainStalled, everything closed as well, if there are no new blocks.
+        """
         stop = asyncio.Event()
+        stalled: list[str] = []
+
+        def stall(reason: str) -> None:
+            stalled.append(reason)
+            stop.set()
+
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
@@ -137,28 +147,31 @@ class Neuron:
         listener = None if worker is None else worker.listener
         runner = await start_server(app, listener or listen(axon.ip, axon.port))
         try:
-            port = runner.addresses[0][1]
-            ip, external_port = await self._external_address(axon, port)
-            await serve_axon(self.client, self._wallet, self._chain.netuid, ip, external_port)
-            self._not_ready = None
-            _log.info(
-                f"{self.role} is ready",
-                extra={
-                    "uid": uid,
-                    "hotkey": self.hotkey,
-                    "listen": f"{axon.ip}:{port}",
-                    "axon": f"{ip}:{external_port}",
-                    "version": __version__,
-                },
-            )
-            async with supervised(worker, self.duties, stop.set, state):
-                await stop.wait()
+            async with watched(self.client, stall):
+                port = runner.addresses[0][1]
+                ip, external_port = await self._external_address(axon, port)
+                await serve_axon(self.client, self._wallet, self._chain.netuid, ip, external_port)
+                self._not_ready = None
+                _log.info(
+                    f"{self.role} is ready",
+                    extra={
+                        "uid": uid,
+                        "hotkey": self.hotkey,
+                        "listen": f"{axon.ip}:{port}",
+                        "axon": f"{ip}:{external_port}",
+                        "version": __version__,
+                    },
+                )
+                async with supervised(worker, self.duties, stop.set, state):
+                    await stop.wait()
             self._not_ready = "stopping"
             _log.info(f"{self.role} is stopping")
         finally:
             await runner.cleanup()
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
+        if stalled:
+            raise ChainStalled(stalled[0])
 
     async def _external_address(self, axon: AxonConfig, port: int) -> tuple[str, int]:
         """What to publish: the flags, the address listened on, or what the chain shows already."""
