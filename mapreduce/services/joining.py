@@ -5,6 +5,8 @@ Knows what a validator's refusals mean to a peer; what a job then does is in `pe
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mapreduce.chain.metagraph import fetch_metagraph
@@ -29,11 +31,13 @@ from mapreduce.wire.statements import session_key_statement
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import aiohttp
     from bittensor.sp_core import Keypair
 
     from mapreduce.net.pacing import Pacer
 
 GRANTING_S = 30.0  # finding miners comes on top of waiting for ranks
+AGAIN_S = 0.5
 
 
 async def find_validator(
@@ -100,23 +104,7 @@ async def open_job(
     )
     http = make_http_session()
     try:
-        try:
-            signed = await call(
-                http,
-                hotkey,
-                validator,
-                "POST",
-                "/v1/join",
-                request,
-                SignedGrant,
-                timeout_s=join_timeout_s + GRANTING_S,
-            )
-        except VersionMismatch:
-            raise
-        except Refused as error:
-            raise JobRefused(str(error), code=error.code, status=error.status) from None
-        except Unavailable as error:
-            raise ValidatorUnreachable(str(error)) from None
+        signed = await _join(http, hotkey, validator, request)
         grant = read_grant(signed, validator.hotkey)
         if rank >= len(grant.session_keys) or grant.session_keys[rank] != key.ss58_address:
             raise BadMessage("the grant does not name this peer at its rank", who=str(validator))
@@ -143,3 +131,37 @@ async def open_job(
     except BaseException:
         await http.close()
         raise
+
+
+async def _join(
+    http: aiohttp.ClientSession, hotkey: Keypair, validator: Remote, request: JoinRequest
+) -> SignedGrant:
+    """The grant. A validator that is just being started again is waited for, within the request's
+    time. Raises as `open_job` does."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + request.timeout_s
+    closing = False
+    while True:
+        left_s = max(deadline - loop.time(), AGAIN_S)
+        wanted = replace(request, timeout_s=min(left_s, request.timeout_s))
+        try:
+            return await call(
+                http,
+                hotkey,
+                validator,
+                "POST",
+                "/v1/join",
+                wanted,
+                SignedGrant,
+                timeout_s=left_s + GRANTING_S,
+            )
+        except VersionMismatch:
+            raise
+        except Refused as error:
+            if error.code != "closing" or loop.time() >= deadline:
+                raise JobRefused(str(error), code=error.code, status=error.status) from None
+            closing = True
+        except Unavailable as error:
+            if not closing or loop.time() >= deadline:
+                raise ValidatorUnreachable(str(error)) from None
+        await asyncio.sleep(AGAIN_S)

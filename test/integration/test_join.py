@@ -147,14 +147,27 @@ async def test_jobs_of_one_hotkey_are_told_apart_by_name_and_hotkeys_meet_by_nam
 
 
 @in_loop
-async def test_a_validator_that_stops_sends_the_waiting_ranks_away() -> None:
+async def test_ranks_wait_for_a_validator_that_is_started_again() -> None:
     async with Fleet(1) as fleet:
-        waiting = asyncio.create_task(refused_code(fleet.open_job(0, 2)))
+        waiting = asyncio.create_task(fleet.open_job(0, 2))
+        await until(lambda: fleet.coordinator.waiting_ranks == 1, "rank 1 waits")
+        port = fleet.validator.port
+        await fleet.stop_coordinator()
+        await asyncio.sleep(1.0)  # nobody listens for a while
+        assert not waiting.done()
+        await fleet.start_coordinator(port)
+        jobs = [await fleet.open_job(1, 2), await waiting]
+        await all_reduce_everywhere(jobs[::-1], [integers(rank, 1000) for rank in range(2)])
+
+
+@in_loop
+async def test_a_validator_that_stops_is_not_waited_for_beyond_the_time_to_join() -> None:
+    async with Fleet(1) as fleet:
+        waiting = asyncio.create_task(fleet.open_job(0, 2, join_timeout_s=2.0))
         await until(lambda: fleet.coordinator.waiting_ranks == 1, "rank 1 waits")
         await fleet.stop_coordinator()
-        code, text = await waiting
-        assert code == "closing"
-        assert "shutting down" in text
+        with pytest.raises(ValidatorUnreachable, match=r"validator uid 0 at 127\.0\.0\.1:\d+"):
+            await waiting
         with pytest.raises(ValidatorUnreachable, match=r"validator uid 0 at 127\.0\.0\.1:\d+"):
             await fleet.open_job(0, 1)
 
