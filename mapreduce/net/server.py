@@ -5,6 +5,7 @@ Knows no route's meaning.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from mapreduce import __version__
+from mapreduce.core.versions import MAX_CLAIM, disagreement
 from mapreduce.errors import (
     BadMessage,
     LocalError,
@@ -29,25 +31,40 @@ if TYPE_CHECKING:
 
 VERSION_HEADER = "X-Mapreduce-Version"
 SHUTDOWN_TIMEOUT_S = 2.0
+TELL_AGAIN_S = 3600.0
+MAX_TOLD = 16
 CALLER = web.RequestKey("caller", Caller)
 BODY = web.RequestKey("body", bytes)
 
 _log = logging.getLogger(__name__)
 
 
-def major(version: str) -> str:
-    """The part of a version that both sides must share."""
-    return version.partition(".")[0]
+class Strangers:
+    """Tells this side's operator of callers with which it cannot work: not every time, since
+    anybody can be one."""
 
+    def __init__(self) -> None:
+        self._told_at: dict[str, float] = {}
 
-def check_version(theirs: str | None, who: str) -> None:
-    """Raises VersionMismatch, naming both versions, unless the major ones are equal."""
-    if theirs is None or major(theirs) != major(__version__):
-        raise VersionMismatch(
-            f"{who} speaks version {theirs or 'unknown'}, this side {__version__}: the major "
-            "versions must be equal; update the older one",
-            status=426,
-        )
+    def check(self, request: web.Request) -> None:
+        """Raises VersionMismatch, naming both versions, unless the caller's fits ours."""
+        theirs = request.headers.get(VERSION_HEADER)
+        reason = disagreement(theirs, __version__, "the caller")
+        if reason is None:
+            return
+        now = asyncio.get_running_loop().time()
+        claimed = str(theirs)[:MAX_CLAIM]
+        self._told_at = {
+            version: at for version, at in self._told_at.items() if now - at < TELL_AGAIN_S
+        }
+        # Without a version it is no program of ours, but somebody who looks around.
+        if theirs and claimed not in self._told_at and len(self._told_at) < MAX_TOLD:
+            self._told_at[claimed] = now
+            _log.warning(
+                "a caller is refused, and gives this neuron no work",
+                extra={"address": request.remote, "path": request.path, "reason": reason},
+            )
+        raise VersionMismatch(reason, status=426)
 
 
 def json_response(message: object, status: int = 200) -> web.Response:
@@ -73,6 +90,8 @@ def make_app(verifier: Verifier, readiness: Callable[[], str | None]) -> web.App
     returns why the service is not ready, or None.
     """
 
+    strangers = Strangers()
+
     @web.middleware
     async def authenticate(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -80,7 +99,7 @@ def make_app(verifier: Verifier, readiness: Callable[[], str | None]) -> web.App
         if not request.path.startswith("/v1/"):
             return await handler(request)
         try:
-            check_version(request.headers.get(VERSION_HEADER), "the caller")
+            strangers.check(request)
             body = await request.read()
             request[CALLER] = verifier.verify(
                 request.headers, body, method=request.method, path=request.raw_path

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from mapreduce import __version__
 from mapreduce.chain.weights import plan_weights, read_weights_clock, set_weights
+from mapreduce.core.versions import Version
 from mapreduce.errors import ChainUnavailable, InvalidArgument, NotRegistered, Refused
 from mapreduce.services.neuron import METAGRAPH_AGE_S
 
@@ -35,8 +36,8 @@ _log = logging.getLogger(__name__)
 def version_key(version: str) -> int:
     """The number under which a release sets weights: 1.2.3 is 10203. A subnet's owner can refuse
     the weights of older ones."""
-    major, minor, patch = (int(part) for part in version.split(".")[:3])
-    return major * 10_000 + minor * 100 + patch
+    number = Version.parse(version)
+    return number.major * 10_000 + number.minor * 100 + number.patch
 
 
 class WeightSetter:
