@@ -1,8 +1,8 @@
 """The subnet as the services see it: who is registered, where they listen, what they have staked
 and earned.
 
-Knows how to read it from any chain, to publish an axon and to tell an operator how to register;
-knows nothing of which kind of chain that is.
+Knows how to read it from any chain and to tell an operator how to register; knows nothing of which
+kind of chain that is.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ import ipaddress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-import bittensor as bt
-
 from mapreduce.chain import is_embedded
-from mapreduce.chain.seam import reading, require_success, writing
+from mapreduce.chain.seam import reading
 from mapreduce.errors import ConfigError, NotRegistered
 
 if TYPE_CHECKING:
-    from mapreduce.chain.wallets import Keys
+    import bittensor as bt
 
 RETRIES: Final = 3
 """How often the SDK submits again what lost a race for its nonce."""
@@ -117,34 +115,6 @@ def parse_endpoint(axon: str | None) -> tuple[str | None, int | None]:
     except ValueError:
         return None, None
     return (str(address), number) if 0 < number < 2**16 else (None, None)
-
-
-async def serve_axon(client: bt.Client, wallet: Keys, netuid: int, ip: str, port: int) -> bool:
-    """Publish where the wallet's hotkey listens, unless the chain already says so.
-
-    Chains limit how often an axon may be published, so a restart must not spend the allowance.
-
-    Returns:
-        Whether anything was published.
-
-    Raises:
-        ConfigError: the address is none, or there is no such subnet.
-        Refused: the chain refuses; the message says why and what helps.
-        ChainUnavailable: no answer.
-    """
-    try:
-        address = str(ipaddress.ip_address(ip))
-    except ValueError as error:
-        raise ConfigError(f"axon.external_ip = {ip!r} is no IP address") from error
-    neuron = (await fetch_metagraph(client, netuid)).by_hotkey(wallet.hotkey.ss58_address)
-    if neuron is not None and (neuron.ip, neuron.port) == (address, port):
-        return False
-    what = f"publishing the axon {address}:{port} on netuid {netuid}"
-    intent = bt.ServeAxon(netuid=netuid, ip=address, port=port)
-    with writing(client, what):
-        # The key itself, not the wallet, from which the SDK would read and unlock it once more.
-        require_success(await client.execute(intent, wallet.hotkey, retries=RETRIES), what)
-    return True
 
 
 async def require_registered(client: bt.Client, netuid: int, hotkey: str, command_hint: str) -> int:

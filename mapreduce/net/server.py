@@ -33,6 +33,7 @@ VERSION_HEADER = "X-Mapreduce-Version"
 SHUTDOWN_TIMEOUT_S = 2.0
 TELL_AGAIN_S = 3600.0
 MAX_TOLD = 16
+NO_NEURON = "no_neuron"  # the code of a refusal that is none of this protocol
 CALLER = web.RequestKey("caller", Caller)
 BODY = web.RequestKey("body", bytes)
 
@@ -161,6 +162,4 @@ def parse_error(status: int, body: bytes) -> ErrorDetail:
         document = json.loads(body)["error"]
         return ErrorDetail(code=str(document["code"])[:64], message=str(document["message"])[:4096])
     except (ValueError, KeyError, TypeError):
-        return ErrorDetail(
-            code="http_error", message=f"HTTP status {status} from no neuron of ours"
-        )
+        return ErrorDetail(code=NO_NEURON, message=f"HTTP status {status} from no neuron of ours")

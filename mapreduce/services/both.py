@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mapreduce.net.auth import Verifier
 from mapreduce.net.server import make_app
 from mapreduce.services.miner import add_miner
-from mapreduce.services.neuron import Directory, Neuron
+from mapreduce.services.neuron import Neuron
 from mapreduce.services.validator import validating
 
 if TYPE_CHECKING:
@@ -26,9 +26,8 @@ async def run_both(config: ValidatorConfig, mining: MinerConfig) -> None:
     """
     async with Neuron.open(config.chain, config.wallet, "validator and miner") as neuron:
         uid = await neuron.require_uid()
-        directory = Directory(neuron.client, config.chain.netuid)
         app = make_app(Verifier(neuron.hotkey), neuron.not_ready)
-        await add_miner(neuron, directory, mining, app)
-        async with validating(neuron, directory, config, app, mines=True):
+        await add_miner(neuron, mining, app)
+        async with validating(neuron, config, app, mines=True):
             _log.info("the miner of this hotkey is paid by other validators only")
             await neuron.serve(app, config.axon, uid, state=config.state_path(neuron.hotkey))

@@ -209,15 +209,13 @@ class Miner:
             job.close("the miner is shutting down")
 
 
-async def add_miner(
-    neuron: Neuron, directory: Directory, config: MinerConfig, app: web.Application
-) -> None:
+async def add_miner(neuron: Neuron, config: MinerConfig, app: web.Application) -> None:
     """A miner's routes on `app`. Raises LocalError if this machine cannot reduce exactly."""
     check_subnormals()
     started_at = psutil.Process().create_time()
     miner = Miner(
         neuron.key,
-        directory,
+        neuron.directory,
         max_jobs=config.max_jobs,
         memory_limit_bytes=config.memory_limit_bytes,
         started_at=started_at,
@@ -241,7 +239,6 @@ async def run_miner(config: MinerConfig) -> None:
     """
     async with Neuron.open(config.chain, config.wallet, "miner") as neuron:
         uid = await neuron.require_uid()
-        directory = Directory(neuron.client, config.chain.netuid)
         app = make_app(Verifier(neuron.hotkey), neuron.not_ready)
-        await add_miner(neuron, directory, config, app)
+        await add_miner(neuron, config, app)
         await neuron.serve(app, config.axon, uid)

@@ -6,11 +6,10 @@ Knows no route.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import signal
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mapreduce import __version__
 from mapreduce.chain import is_embedded
@@ -19,18 +18,20 @@ from mapreduce.chain.metagraph import (
     fetch_metagraph,
     register_command,
     require_registered,
-    serve_axon,
 )
 from mapreduce.chain.seam import connected
 from mapreduce.chain.wallets import load_wallet
-from mapreduce.errors import ChainStalled, ConfigError, Unavailable
+from mapreduce.errors import ChainStalled, Unavailable
+from mapreduce.net.client import make_http_session
 from mapreduce.net.listener import listen
 from mapreduce.net.server import start_server
+from mapreduce.services.axon import AxonUpkeep
+from mapreduce.services.dial import watch_reach
 from mapreduce.services.watchdog import watched
 from mapreduce.services.worker import Worker, supervised
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Coroutine
     from pathlib import Path
 
     import bittensor as bt
@@ -38,7 +39,10 @@ if TYPE_CHECKING:
     from bittensor.sp_core import Keypair
 
     from mapreduce.config import AxonConfig, ChainConfig, WalletConfig
+    from mapreduce.services.axon import Address
     from mapreduce.services.worker import Duty
+
+Result = TypeVar("Result")
 
 _log = logging.getLogger(__name__)
 
@@ -91,6 +95,7 @@ class Neuron:
         self.hotkey: str = self.key.ss58_address
         self.role = role
         self.duties: list[Duty] = []
+        self.directory = Directory(client, chain.netuid)
         self._chain = chain
         self._wallet = wallet
         self._not_ready: str | None = "starting"
@@ -114,8 +119,12 @@ class Neuron:
 
     async def require_uid(self) -> int:
         """This hotkey's uid. Raises NotRegistered with the command that registers it."""
+        netuid, hint = self._chain.netuid, self._register_hint()
+        return await require_registered(self.client, netuid, self.hotkey, hint)
+
+    def _register_hint(self) -> str:
         chain, wallet = self._chain, self._wallet
-        hint = register_command(
+        return register_command(
             chain.network,
             chain.netuid,
             wallet.name,
@@ -123,7 +132,6 @@ class Neuron:
             wallet_path=wallet.path,
             endpoint=chain.endpoint,
         )
-        return await require_registered(self.client, chain.netuid, self.hotkey, hint)
 
     async def serve(
         self, app: web.Application, axon: AxonConfig, uid: int, *, state: Path | None = None
@@ -149,21 +157,26 @@ class Neuron:
         try:
             async with watched(self.client, stall):
                 port = runner.addresses[0][1]
-                ip, external_port = await self._external_address(axon, port)
-                await serve_axon(self.client, self._wallet, self._chain.netuid, ip, external_port)
-                self._not_ready = None
-                _log.info(
-                    f"{self.role} is ready",
-                    extra={
-                        "uid": uid,
-                        "hotkey": self.hotkey,
-                        "listen": f"{axon.ip}:{port}",
-                        "axon": f"{ip}:{external_port}",
-                        "version": __version__,
-                    },
-                )
-                async with supervised(worker, self.duties, stop.set, state):
-                    await stop.wait()
+                upkeep = self._upkeep(axon, port)
+                address = await _unless(stop, upkeep.publish())
+                if address is not None:
+                    self._not_ready = None
+                    _log.info(
+                        f"{self.role} is ready",
+                        extra={
+                            "uid": uid,
+                            "hotkey": self.hotkey,
+                            "listen": f"{axon.ip}:{port}",
+                            "axon": address,
+                            "address_from": address.source,
+                            "version": __version__,
+                        },
+                    )
+                    async with (
+                        supervised(worker, self.duties, stop.set, state),
+                        self._reachable(upkeep, address),
+                    ):
+                        await stop.wait()
             self._not_ready = "stopping"
             _log.info(f"{self.role} is stopping")
         finally:
@@ -173,20 +186,44 @@ class Neuron:
         if stalled:
             raise ChainStalled(stalled[0])
 
-    async def _external_address(self, axon: AxonConfig, port: int) -> tuple[str, int]:
-        """What to publish: the flags, the address listened on, or what the chain shows already."""
-        external_port = axon.external_port or port
-        if axon.external_ip is not None:
-            return axon.external_ip, external_port
-        if not ipaddress.ip_address(axon.ip).is_unspecified:
-            return axon.ip, external_port
-        if is_embedded(self._chain.network):
-            return "127.0.0.1", external_port
-        metagraph = await fetch_metagraph(self.client, self._chain.netuid)
-        neuron = metagraph.by_hotkey(self.hotkey)
-        if neuron is not None and neuron.ip is not None:
-            return neuron.ip, external_port
-        raise ConfigError(
-            f"listening on {axon.ip}, which nobody can dial, and the chain shows no address of "
-            "this hotkey yet: give the public one with --axon.external_ip"
+    def _upkeep(self, axon: AxonConfig, port: int) -> AxonUpkeep:
+        def tell(reason: str | None) -> None:
+            self._not_ready = reason
+
+        return AxonUpkeep(
+            self.client,
+            self._wallet,
+            self._chain.netuid,
+            axon,
+            port,
+            one_machine=is_embedded(self._chain.network),
+            register_hint=self._register_hint(),
+            tell=tell,
         )
+
+    @asynccontextmanager
+    async def _reachable(self, upkeep: AxonUpkeep, address: Address) -> AsyncIterator[None]:
+        """Keeps the axon on the chain, and has others try it, while the context lasts."""
+        async with make_http_session() as http:
+            tasks = [
+                asyncio.create_task(upkeep.keep(address)),
+                asyncio.create_task(watch_reach(self.key, self.directory, http, address)),
+            ]
+            try:
+                yield
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """What `work` returns; None if `stop` comes first. Raises what it raises."""
+    working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, stopping):
+            task.cancel()
+        await asyncio.wait([working, stopping])

@@ -13,8 +13,9 @@ from mapreduce.net.server import make_app
 from mapreduce.services.auditor import Auditor
 from mapreduce.services.benchmarks import BenchmarkLimits, Benchmarks
 from mapreduce.services.coordinator import Coordinator, Limits
+from mapreduce.services.dial import DialBack
 from mapreduce.services.feedback import Feedback
-from mapreduce.services.neuron import Directory, Neuron
+from mapreduce.services.neuron import Neuron
 from mapreduce.services.organic import Organic
 from mapreduce.services.recruiter import Recruiter
 from mapreduce.services.rounds import Rounds
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 @asynccontextmanager
 async def validating(
     neuron: Neuron,
-    directory: Directory,
     config: ValidatorConfig,
     app: web.Application,
     *,
@@ -46,7 +46,7 @@ async def validating(
 
     Raises LocalError if its state cannot be opened.
     """
-    netuid, scoring = config.chain.netuid, config.scoring
+    netuid, scoring, directory = config.chain.netuid, config.scoring, neuron.directory
     with Database.open(config.state_path(neuron.hotkey)) as database:
         async with make_http_session() as http:
             ledger, history = Ledger(database), History(database)
@@ -99,7 +99,8 @@ async def validating(
                 rounds.cap_bytes_per_s,
                 scoring,
             )
-            for part in (coordinator, auditor, benchmarks, feedback):
+            dial_back = DialBack(neuron.key, directory, http)
+            for part in (coordinator, auditor, benchmarks, feedback, dial_back):
                 part.add_routes(app)
             scoring_task = asyncio.create_task(scorer.run())
             try:
@@ -116,7 +117,6 @@ async def run_validator(config: ValidatorConfig) -> None:
     """
     async with Neuron.open(config.chain, config.wallet, "validator") as neuron:
         uid = await neuron.require_uid()
-        directory = Directory(neuron.client, config.chain.netuid)
         app = make_app(Verifier(neuron.hotkey), neuron.not_ready)
-        async with validating(neuron, directory, config, app, mines=False):
+        async with validating(neuron, config, app, mines=False):
             await neuron.serve(app, config.axon, uid, state=config.state_path(neuron.hotkey))

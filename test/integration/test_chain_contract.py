@@ -19,8 +19,9 @@ import pytest
 from bittensor.sp_core import Keypair
 
 from mapreduce.chain import open_chain
+from mapreduce.chain.axons import serve_axon
 from mapreduce.chain.embedded import create_chain
-from mapreduce.chain.metagraph import fetch_metagraph, serve_axon
+from mapreduce.chain.metagraph import fetch_metagraph
 from test.unit.test_chain_support import (
     NETUID,
     Keys,

@@ -12,6 +12,7 @@ import pytest
 
 from mapreduce.chain import embedded_path, open_chain
 from mapreduce.chain.actions import add_stake, register_hotkey
+from mapreduce.chain.axons import serve_axon
 from mapreduce.chain.metagraph import (
     Metagraph,
     Neuron,
@@ -19,7 +20,6 @@ from mapreduce.chain.metagraph import (
     parse_endpoint,
     register_command,
     require_registered,
-    serve_axon,
 )
 from mapreduce.chain.wallets import create_wallet, load_wallet
 from mapreduce.errors import ChainUnavailable, ConfigError, NotRegistered, Refused, WalletError
