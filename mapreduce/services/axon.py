@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     import bittensor as bt
 
-    from mapreduce.chain.axons import AxonState
+    from mapreduce.chain.axons import AxonState, Endpoint
     from mapreduce.config import AxonConfig
 
 LOOK_S = 60.0  # at the chain
@@ -49,6 +49,11 @@ class Address:
     ip: str
     port: int
     source: str
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """In the form in which the chain shows it."""
+        return self.ip, self.port
 
     def __str__(self) -> str:
         return f"[{self.ip}]:{self.port}" if ":" in self.ip else f"{self.ip}:{self.port}"
@@ -138,6 +143,7 @@ class AxonUpkeep:
         self._tell = tell
         self._looked_up: str | None = None
         self._looked_up_at = float("-inf")
+        self._right: Endpoint | None = None  # what the chain shows, as far as we know
         self._overwritten = 0
         self._told_at = float("-inf")
 
@@ -147,7 +153,7 @@ class AxonUpkeep:
         Raises ConfigError, NotRegistered, Refused or ChainUnavailable.
         """
         address = await self._find(await self._read())
-        while (state := await self._read()).shown != (address.ip, address.port):
+        while (state := await self._read()).shown != address.endpoint:
             if not state.registered:
                 raise NotRegistered(
                     f"the hotkey {self._hotkey} is not registered on netuid {self._netuid}; "
@@ -155,19 +161,20 @@ class AxonUpkeep:
                 )
             if not await self._serve(address, state):
                 await asyncio.sleep(min(max(state.wait_s, state.block_time_s), WAIT_S))
+        self._right = address.endpoint
         return address
 
-    async def keep(self, address: Address) -> None:
-        """Has the chain show this address, or the one that is looked up later, for ever."""
+    async def keep(self) -> None:
+        """Has the chain show the address, also one that is looked up later, for ever."""
         while True:
             await asyncio.sleep(LOOK_S * random.uniform(0.9, 1.1))
             try:
-                address = await self._check(address)
+                await self._check()
             except MapReduceError as error:
                 _log.warning("the axon cannot be checked", extra={"error": str(error)})
 
-    async def _check(self, published: Address) -> Address:
-        """Looks once, and mends what it can; returns the address that should be shown now."""
+    async def _check(self) -> None:
+        """Looks once, and mends what it can."""
         state = await self._read()
         if not state.registered:
             self._tell(f"the hotkey is not registered on netuid {self._netuid} any more")
@@ -175,22 +182,23 @@ class AxonUpkeep:
                 f"the hotkey {self._hotkey} is not registered on netuid {self._netuid} any more: "
                 f"it gets no new work and no pay; register it with `{self._register_hint}`"
             )
-            return published
+            return
         address = await self._find(state)
-        if (address.ip, address.port) != (published.ip, published.port):
-            _log.warning(
-                "the address has changed",
-                extra={"from": published, "to": address, "address_from": address.source},
-            )
-        elif state.shown != (address.ip, address.port):
-            self._overwritten += 1
-            why = "its registration may be new"
-            if self._overwritten > 1 and state.shown is not None:
-                why = "another process seems to run with this hotkey: stop one of the two"
-            self._say(f"the chain shows {_text(state)} for this hotkey, not {address}: {why}")
-        if state.shown == (address.ip, address.port) or await self._serve(address, state):
-            self._tell(None)
-        return address
+        if state.shown != address.endpoint:
+            if self._right == address.endpoint:
+                self._overwritten += 1
+                why = "its registration may be new"
+                if self._overwritten > 1 and state.shown is not None:
+                    why = "another process seems to run with this hotkey: stop one of the two"
+                self._say(f"the chain shows {_text(state)} for this hotkey, not {address}: {why}")
+            elif self._right is not None:
+                source = {"address_from": address.source}
+                _log.warning("the address has changed", extra={"to": address, **source})
+            self._right = None
+            if not await self._serve(address, state):
+                return
+        self._right = address.endpoint
+        self._tell(None)
 
     async def _find(self, state: AxonState) -> Address:
         config, url = self._config, self._config.lookup_url

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 DIAL_TIMEOUT_S = 5.0
 ANSWER_S = 5.0  # that the answer may come after the dialling
+FRESH_S = 2.0  # who asks may have moved just now
 AGAIN_S = 30.0  # from one dialling of a hotkey to the next
 ASKED = 3  # validators at a time
 FIRST_S = 10.0
@@ -53,7 +54,7 @@ class DialBack:
         hotkey = request[CALLER].address
         neuron = None
         if not request[CALLER].is_session_key:
-            neuron = (await self._directory.metagraph(AGAIN_S / 2)).by_hotkey(hotkey)
+            neuron = (await self._directory.metagraph(FRESH_S)).by_hotkey(hotkey)
         if neuron is None:
             raise Refused(
                 f"{hotkey} is not registered on this subnet", code="not_registered", status=403
@@ -114,17 +115,21 @@ async def watch_reach(
     """Asks validators from time to time whether they reach this hotkey, and tells the log what they
     say. `axon` is how the log names the address."""
     reached: bool | None = None
+    unheard_s = FIRST_S
     await asyncio.sleep(FIRST_S * random.random())
     while True:
         answers = await _ask_some(key, directory, http)
-        if answers:
+        pause_s = unheard_s
+        if not answers:  # validators may be about to start
+            unheard_s = min(2 * unheard_s, EVERY_S)
+        else:
             before, reached = reached, any(answer.reached for _, answer in answers)
             if not reached:
                 _log.error(_unreachable(answers))
             elif not before:
                 by = next(name for name, answer in answers if answer.reached)
                 _log.info("reachable as advertised", extra={"axon": axon, "by": by})
-        pause_s = UNREACHABLE_S if reached is False else EVERY_S
+            pause_s = EVERY_S if reached else UNREACHABLE_S
         await asyncio.sleep(pause_s * random.uniform(0.9, 1.1))
 
 
@@ -133,7 +138,7 @@ async def _ask_some(
 ) -> list[tuple[str, DialAnswer]]:
     """What some validators, by name, have found; those that do not say are left out."""
     try:
-        metagraph = await directory.metagraph()
+        metagraph = await directory.metagraph(FRESH_S)
     except Unavailable:
         return []
     validators = [

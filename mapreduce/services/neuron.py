@@ -206,7 +206,7 @@ class Neuron:
         """Keeps the axon on the chain, and has others try it, while the context lasts."""
         async with make_http_session() as http:
             tasks = [
-                asyncio.create_task(upkeep.keep(address)),
+                asyncio.create_task(upkeep.keep()),
                 asyncio.create_task(watch_reach(self.key, self.directory, http, address)),
             ]
             try:

@@ -31,6 +31,7 @@ from mapreduce.services.auditor import Auditor
 from mapreduce.services.benchmarks import BenchmarkLimits, Benchmarks
 from mapreduce.services.bot import Bot
 from mapreduce.services.coordinator import Coordinator, Limits
+from mapreduce.services.dial import DialBack
 from mapreduce.services.grants import MAX_GRANT_AHEAD_S, sign_grant
 from mapreduce.services.joining import open_job
 from mapreduce.services.miner import Miner
@@ -185,7 +186,8 @@ class Fleet:
         )
         self.rounds = Rounds(self.benchmarks, self.recruiter, self.directory, self.history, config)
         app = make_app(Verifier(key.ss58_address), lambda: self.not_ready)
-        for part in (self.coordinator, self.auditor, self.benchmarks):
+        self.dial_back = DialBack(key, self.directory, self.http)
+        for part in (self.coordinator, self.auditor, self.benchmarks, self.dial_back):
             part.add_routes(app)
         self._runner = await start_server(app, listen("127.0.0.1", port))
         self.validator = Remote(
