@@ -296,6 +296,14 @@ def _version_text(value: object) -> str | None:
     return None if value is None else str(Version.parse(str(value)))
 
 
+def left_behind(name: str) -> Version | None:
+    """The release that the neuron `name` ran last by itself, if that is newer than the running
+    code; None otherwise."""
+    current = Installations(Checkout(ROOT, ""), name).load().current
+    newer = None if current is None else Version.parse(current)
+    return newer if newer is not None and newer > own_version() else None
+
+
 def own_version() -> Version:
     """The version of the running code."""
     return Version.parse(__version__)

@@ -12,10 +12,11 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mapreduce import __version__
 from mapreduce.config import PeerConfig
 from mapreduce.logs import configure_logging
 from mapreduce.net.loop import new_event_loop
-from mapreduce.releases import NotUpdatable
+from mapreduce.releases import NotUpdatable, left_behind
 from mapreduce.services.supervisor import supervise
 from mapreduce.services.worker import VARIABLE
 
@@ -45,6 +46,11 @@ def run_neuron(
         except NotUpdatable as error:
             _log.warning(f"auto_update = {config.updates.level} does nothing: {error}")
     configure_logging(config.logging, name=name)
+    if config.updates.level == "no" and (newer := left_behind(name)) is not None:
+        _log.warning(
+            f"this is version {__version__}, and version {newer} ran here before, by auto_update: "
+            f"git checkout v{newer} and install again, or turn auto_update on"
+        )
     for warning in config.warnings:
         _log.warning(warning)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:

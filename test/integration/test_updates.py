@@ -6,7 +6,10 @@ Most tests leave pip out (`test/updates/neuron.py`); one does not.
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -15,6 +18,7 @@ import numpy as np
 import pytest
 
 from mapreduce import __version__
+from mapreduce.local import NETUID
 from test.updates.fleet import UpdatingSubnet
 from test.updates.repository import git
 
@@ -85,6 +89,27 @@ def test_a_good_release_is_taken_once_the_job_has_ended(tmp_path: Path) -> None:
         assert fleet.miners[0].stop() == 0
 
 
+def without_updates(fleet: UpdatingSubnet) -> str:
+    """What a miner of this checkout writes that starts with auto_update = no, and ends at once:
+    its port is taken."""
+    place = [
+        *("--wallet.name", "miner-1", "--wallet.hotkey", "miner-1"),
+        *("--wallet.path", str(fleet.directory / "wallets"), "--netuid", str(NETUID)),
+        *("--subtensor.network", fleet.network, "--axon.ip", "127.0.0.1"),
+        *("--axon.port", str(fleet.axon(fleet.validator_uid)[1])),
+    ]
+    done = subprocess.run(
+        [sys.executable, str(fleet.checkout / "neurons" / "miner.py"), *place],
+        env={**os.environ, "PYTHONPATH": str(fleet.checkout)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    return done.stderr
+
+
+@pytest.mark.slow
 def test_what_ran_last_runs_after_a_restart(tmp_path: Path) -> None:
     with subnet(tmp_path) as fleet:
         fleet.origin.release(NEXT)
@@ -93,6 +118,8 @@ def test_what_ran_last_runs_after_a_restart(tmp_path: Path) -> None:
         fleet.restart_miner()
         log = fleet.wait_log("miner-1", READY, count=3)
         assert f"version={NEXT}" in log[log.rindex(READY) :]
+        # Without updates it is the checkout's own version again, and says so.
+        assert f"version {NEXT} ran here before, by auto_update" in without_updates(fleet)
         # An environment that a new system Python has broken: the checkout's own code runs.
         fleet.miners[0].stop()
         python = fleet.checkout / ".releases" / NEXT / "venv" / "bin" / "python"
@@ -125,7 +152,13 @@ EXPECTED = {
 NO_CHECK = (CHECK, "    with LocalSubnet(", "    return 0\n    with LocalSubnet(")
 
 
-@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(how, marks=[] if how == "dies after start" else [pytest.mark.slow])
+        for how in BROKEN
+    ],
+)
 def test_a_release_that_does_not_serve_is_rolled_back(tmp_path: Path, how: str) -> None:
     with subnet(tmp_path) as fleet:
         commit = fleet.origin.release(NEXT, BROKEN[how], NO_CHECK)
@@ -154,6 +187,7 @@ def test_a_release_that_is_not_good_is_never_started(tmp_path: Path) -> None:
         assert fleet.installed() == []
 
 
+@pytest.mark.slow
 def test_only_told_of_with_notify_and_nothing_in_a_changed_tree(tmp_path: Path) -> None:
     with subnet(tmp_path, "notify") as fleet:
         fleet.origin.release(NEXT)
@@ -174,6 +208,7 @@ def test_only_told_of_with_notify_and_nothing_in_a_changed_tree(tmp_path: Path) 
         fleet.wait_log("miner-1", "updated")
 
 
+@pytest.mark.slow
 def test_a_repository_that_does_not_answer_is_said_and_changes_nothing(tmp_path: Path) -> None:
     with subnet(tmp_path) as fleet:
         hidden = fleet.origin.path.rename(tmp_path / "hidden")
@@ -184,10 +219,10 @@ def test_a_repository_that_does_not_answer_is_said_and_changes_nothing(tmp_path:
         fleet.wait_log("miner-1", "updated")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_in_the_middle_of_an_update_leaves_nothing_behind(
-    tmp_path: Path, number: int
-) -> None:
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
+def test_an_update_may_be_interrupted(tmp_path: Path, number: int) -> None:
     with UpdatingSubnet(
         tmp_path, {"miner-1": "patch"}, environ={"TRY_PROBATION_S": "60"}, miners=1
     ) as fleet:
