@@ -47,6 +47,7 @@ PROBATION_S: Final = 30.0
 DRAIN_S: Final = 600.0
 DRAIN_AGAIN_S: Final = 3600.0
 STOP_S: Final = 20.0
+GIVEN_UP_S: Final = 3.0
 FIRST_LOOK_S: Final = 60.0
 END_S: Final = 5.0
 MAX_REASON: Final = 500
@@ -152,10 +153,10 @@ class Child:
         code = self.ended.result()
         return f"ended with exit code {code}" if code >= 0 else f"was ended by signal {-code}"
 
-    async def stop(self) -> int:
-        """SIGTERM, and SIGKILL for what does not end; returns the exit code."""
+    async def stop(self, grace_s: float = STOP_S) -> int:
+        """SIGTERM, and SIGKILL for what does not end in time; returns the exit code."""
         self._process.send_signal(signal.SIGTERM)
-        await asyncio.wait([self.ended], timeout=STOP_S)
+        await asyncio.wait([self.ended], timeout=grace_s)
         if not self.ended.done():
             _log.warning("the neuron does not stop: it is killed")
             self._process.kill()
@@ -358,7 +359,7 @@ class Supervisor:
         """Starts the old program again, with the state that it left."""
         _log.error("an update failed: the old release is started again", extra={"reason": reason})
         if self._child is not None:
-            await self._child.stop()
+            await self._child.stop(GIVEN_UP_S)  # it serves nobody
         await self._undo()
         back = self._start(program)
         try:
