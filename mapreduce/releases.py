@@ -16,17 +16,16 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 from mapreduce import __version__
+from mapreduce.commands import CommandFailed, run_command
 from mapreduce.core.releases import Release, read_tags
 from mapreduce.core.versions import Version
-from mapreduce.errors import LocalError, Unavailable
-from mapreduce.processes import tied_to_this_process
+from mapreduce.errors import LocalError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
@@ -40,15 +39,10 @@ MAX_OUTPUT_BYTES: Final = 2**20
 MAX_FAILED: Final = 64
 MAX_STATE_BYTES: Final = 2**16
 LOCK_INTERVAL_S: Final = 0.5
-TAIL_LINES: Final = 6
 
 
 class NotUpdatable(LocalError):
     """This program cannot be updated where it is; the message says why."""
-
-
-class CommandFailed(Unavailable):
-    """A command of git, venv or pip did not succeed."""
 
 
 class BadRelease(LocalError):
@@ -86,10 +80,11 @@ class Checkout:
 @dataclass(slots=True)
 class Progress:
     """What one neuron remembers of its updates: the release it runs (None: the checkout's own), the
-    one it has begun and not yet found good, with the state file that this one may have changed, and
-    why others failed, by commit."""
+    one that it will take, the one it has begun and not yet found good, with the state file that
+    this one may have changed, and why others failed, by commit."""
 
     current: str | None = None
+    wanted: str | None = None
     trying: str | None = None
     state: str | None = None
     failed: dict[str, str] = field(default_factory=dict)
@@ -110,6 +105,7 @@ class Installations:
                 document = json.loads(file.read(MAX_STATE_BYTES))
             return Progress(
                 current=_version_text(document["current"]),
+                wanted=_version_text(document["wanted"]),
                 trying=_version_text(document["trying"]),
                 state=None if document["state"] is None else str(document["state"]),
                 failed={str(k): str(v) for k, v in dict(document["failed"]).items()},
@@ -176,22 +172,28 @@ class Installations:
         if told != str(release.version):
             raise BadRelease(f"the code of {release.tag} says that it is version {told}")
         try:
-            await _run([str(python), "-m", "mapreduce.selfcheck"], CHECK_TIMEOUT_S)
+            await _run(
+                "mapreduce.selfcheck", [str(python), "-m", "mapreduce.selfcheck"], CHECK_TIMEOUT_S
+            )
         except CommandFailed as error:
             raise BadRelease(f"{release.tag} does not pass its own check: {error}") from None
 
     async def _version_of(self, version: str) -> str:
         show = "import mapreduce; print(mapreduce.__version__)"
-        return (await _run([str(self.python(version)), "-c", show], CHECK_TIMEOUT_S)).strip()
+        return (
+            await _run(
+                f"version {version}", [str(self.python(version)), "-c", show], CHECK_TIMEOUT_S
+            )
+        ).strip()
 
     async def prune(self) -> list[str]:
-        """Removes what no neuron of this checkout runs or tries; returns the versions."""
+        """Removes what no neuron of this checkout runs or is about to; returns the versions."""
         gone = []
         async with self._alone():
             used = set()
             for file in self._directory.glob("*.json"):
                 theirs = Installations(self._checkout, file.stem).load()
-                used |= {theirs.current, theirs.trying}
+                used |= {theirs.current, theirs.wanted, theirs.trying}
             for place in sorted(self._directory.iterdir()):
                 if place.is_dir() and place.name not in used:
                     await asyncio.to_thread(_remove, place)
@@ -221,10 +223,10 @@ class Installations:
 async def make_environment(source: Path, venv: Path) -> None:
     """A fresh environment with the package at `source`, and the dependencies it was tested with.
     Raises CommandFailed."""
-    await _run([sys.executable, "-m", "venv", str(venv)], INSTALL_TIMEOUT_S)
+    await _run("venv", [sys.executable, "-m", "venv", str(venv)], INSTALL_TIMEOUT_S)
     pip = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     pinned = ("-c", str(source / "constraints.txt"))
-    await _run([str(venv / "bin" / "python"), *pip, *pinned, str(source)], INSTALL_TIMEOUT_S)
+    await _run("pip", [str(venv / "bin" / "python"), *pip, *pinned, str(source)], INSTALL_TIMEOUT_S)
 
 
 def environment_of_releases(environ: Mapping[str, str]) -> dict[str, str]:
@@ -236,54 +238,20 @@ def environment_of_releases(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 async def _git(where: Path, *arguments: str, timeout_s: float = GIT_TIMEOUT_S) -> str:
-    return await _run(["git", "-C", str(where), *arguments], timeout_s)
+    return await _run(f"git {arguments[0]}", ["git", "-C", str(where), *arguments], timeout_s)
 
 
-async def _run(argv: Sequence[str], timeout_s: float) -> str:
-    """What a command prints, of at most `MAX_OUTPUT_BYTES`. It and all that it has started are
-    killed when it takes longer, or when this task is cancelled. Raises CommandFailed."""
+async def _run(name: str, argv: Sequence[str], timeout_s: float) -> str:
+    """What a command prints; raises CommandFailed."""
     env = environment_of_releases(os.environ)
     # Inside a git hook these name another repository; and nobody is here to type a password.
     env = {key: value for key, value in env.items() if not key.startswith("GIT_")}
     env |= {"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
     env["GIT_SSH_COMMAND"] = os.environ.get("GIT_SSH_COMMAND", "ssh -oBatchMode=yes")
-    what = " ".join(argv)
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *tied_to_this_process(argv),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=env,
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise CommandFailed(f"cannot run {argv[0]}: {error.strerror}") from None
-    assert process.stdout is not None
-    assert process.stderr is not None
-    try:
-        async with asyncio.timeout(timeout_s):
-            output, complaints = await asyncio.gather(_read(process.stdout), _read(process.stderr))
-            code = await process.wait()
-    except BaseException as error:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
-        if isinstance(error, TimeoutError):
-            raise CommandFailed(f"{what} did not end in {timeout_s:g} s") from None
-        raise
-    if code != 0:
-        lines = [line for line in complaints.splitlines() if line.strip()][-TAIL_LINES:]
-        raise CommandFailed(f"{what} ended with {code}: {' | '.join(lines) or 'it said nothing'}")
-    return output
-
-
-async def _read(stream: asyncio.StreamReader) -> str:
-    """All of it, but only the end is kept where it is long."""
-    kept = b""
-    while data := await stream.read(2**16):
-        kept = (kept + data)[-MAX_OUTPUT_BYTES:]
-    return kept.decode(errors="replace")
+    output = await run_command(
+        name, argv, timeout_s=timeout_s, most_bytes=MAX_OUTPUT_BYTES, env=env
+    )
+    return output.decode(errors="replace")
 
 
 def _remove(path: Path) -> None:

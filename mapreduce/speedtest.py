@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from mapreduce.config import peer_config, run_cli
-from mapreduce.errors import ConfigError, Refused, Unavailable
+from mapreduce.errors import Refused, Unavailable
 from mapreduce.wire.speedtest import SpeedTestAnswer
 
 if TYPE_CHECKING:
@@ -137,41 +137,15 @@ async def wait_for_end(
     return answer
 
 
-async def find_miner(config: PeerConfig, uid: int) -> Remote:
-    """Where the miner with this uid listens, as the chain says.
-
-    Raises:
-        ConfigError: an unknown network, netuid or uid.
-        Unavailable: the chain does not answer, or the miner has not served an axon.
-    """
-    from mapreduce.chain.metagraph import fetch_metagraph
-    from mapreduce.chain.seam import connected
-    from mapreduce.net.client import Remote
-
-    chain = config.chain
-    async with connected(chain.network, chain.endpoint) as client:
-        metagraph = await fetch_metagraph(client, chain.netuid)
-    neuron = metagraph.by_uid(uid)
-    if neuron is None:
-        raise ConfigError(
-            f"miner.uid = {uid}: netuid {chain.netuid} has no such uid "
-            f"(it has {len(metagraph.neurons)})"
-        )
-    if neuron.ip is None or neuron.port is None:
-        raise Unavailable(
-            f"miner uid {uid} ({neuron.hotkey}) has not served an axon: it is not running, or "
-            "never was"
-        )
-    return Remote(f"miner uid {uid}", neuron.hotkey, neuron.ip, neuron.port)
-
-
 async def run(config: PeerConfig, uid: int, *, show: bool) -> tuple[Remote, SpeedTestAnswer]:
     """The speed test of that miner once it has ended, or with `show` the last one as it is."""
     from mapreduce.chain.wallets import load_wallet
     from mapreduce.net.client import make_http_session
+    from mapreduce.services.joining import find_neuron
 
     key = load_wallet(config.wallet.name, config.wallet.hotkey, config.wallet.path).hotkey
-    miner = await find_miner(config, uid)
+    chain = config.chain
+    miner = await find_neuron("miner", chain.network, chain.netuid, uid, endpoint=chain.endpoint)
     async with make_http_session() as http:
         answer = await ask(http, key, miner, start=not show)
         if show:

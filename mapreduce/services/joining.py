@@ -45,25 +45,41 @@ async def find_validator(
 ) -> Remote:
     """Where the validator with this uid listens, as the chain says.
 
+    Raises as `find_neuron` does, with ValidatorUnreachable if it has not served an axon.
+    """
+    try:
+        return await find_neuron("validator", network, netuid, uid, endpoint=endpoint)
+    except NotServed as error:
+        raise ValidatorUnreachable(str(error)) from None
+
+
+class NotServed(Unavailable):
+    """A neuron has no axon on the chain."""
+
+
+async def find_neuron(
+    role: str, network: str, netuid: int, uid: int, *, endpoint: str | None = None
+) -> Remote:
+    """Where the neuron with this uid listens, as the chain says; `role` is what messages call it.
+
     Raises:
         ConfigError: an unknown network, netuid or uid.
         ChainUnavailable: the chain does not answer.
-        ValidatorUnreachable: it has not served an axon.
+        NotServed: it has not served an axon.
     """
     async with connected(network, endpoint) as client:
         metagraph = await fetch_metagraph(client, netuid)
     neuron = metagraph.by_uid(uid)
     if neuron is None:
         raise ConfigError(
-            f"validator_uid = {uid}: netuid {netuid} has no such uid "
-            f"(it has {len(metagraph.neurons)})"
+            f"{role}_uid = {uid}: netuid {netuid} has no such uid (it has {len(metagraph.neurons)})"
         )
     if neuron.ip is None or neuron.port is None:
-        raise ValidatorUnreachable(
-            f"validator uid {neuron.uid} ({neuron.hotkey}) has not served an axon: "
+        raise NotServed(
+            f"{role} uid {neuron.uid} ({neuron.hotkey}) has not served an axon: "
             "it is not running, or never was"
         )
-    return Remote(f"validator uid {neuron.uid}", neuron.hotkey, neuron.ip, neuron.port)
+    return Remote(f"{role} uid {neuron.uid}", neuron.hotkey, neuron.ip, neuron.port)
 
 
 async def open_job(

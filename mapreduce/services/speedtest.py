@@ -7,18 +7,15 @@ Knows nothing of scores: the figures are information for people.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.util
 import logging
-import os
-import signal
 import sys
 import time
 from typing import TYPE_CHECKING
 
+from mapreduce.commands import run_command
 from mapreduce.errors import BadMessage, Refused, Unavailable
 from mapreduce.net.server import json_response
-from mapreduce.processes import tied_to_this_process
 from mapreduce.wire.speedtest import (
     EVERY_S,
     MAX_OUTPUT_BYTES,
@@ -38,8 +35,6 @@ if TYPE_CHECKING:
 
 TOOL = "speedtest"  # the module of speedtest-cli
 TIMEOUT_S = 120.0  # it takes 20 to 40 s
-REAP_S = 5.0  # the kernel needs no time, unless a process hangs in it
-STDERR_BYTES = 8192
 NOT_INSTALLED = "speedtest-cli is not installed"
 
 _log = logging.getLogger(__name__)
@@ -63,59 +58,10 @@ def is_installed(module: str = TOOL) -> bool:
 
 
 async def run_tool(command: Sequence[str], timeout_s: float = TIMEOUT_S) -> bytes:
-    """What the command prints, of at most MAX_OUTPUT_BYTES. However this ends, nothing that the
-    command has started in its process group runs on; it dies with this process too.
-
-    Raises Unavailable, with the last line of its stderr, if it fails, prints more, or takes longer.
-    """
-    process = await asyncio.create_subprocess_exec(
-        *tied_to_this_process(command),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        start_new_session=True,
+    """What the tool prints; raises CommandFailed."""
+    return await run_command(
+        "speedtest-cli", command, timeout_s=timeout_s, most_bytes=MAX_OUTPUT_BYTES
     )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    ended = False
-    try:
-        async with asyncio.timeout(timeout_s), asyncio.TaskGroup() as readers:
-            output = readers.create_task(_head(process.stdout, MAX_OUTPUT_BYTES + 1))
-            errors = readers.create_task(_tail(process.stderr, STDERR_BYTES))
-            code = await process.wait()
-        ended = True  # nobody holds its pipes any more
-    except TimeoutError:
-        raise Unavailable(f"speedtest-cli was stopped: not done after {timeout_s:g} s") from None
-    finally:
-        if not ended:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(REAP_S):
-                    await process.wait()
-    if len(output.result()) > MAX_OUTPUT_BYTES:
-        raise Unavailable(f"speedtest-cli printed more than {MAX_OUTPUT_BYTES} bytes")
-    if code != 0:
-        lines = errors.result().decode(errors="replace").split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
-        raise Unavailable(f"speedtest-cli failed: {last.strip()}")
-    return output.result()
-
-
-async def _head(stream: asyncio.StreamReader, most_bytes: int) -> bytes:
-    """The first bytes of a stream; reads on to its end, so that its writer can end too."""
-    head = b""
-    while data := await stream.read(4096):
-        head += data[: most_bytes - len(head)]
-    return head
-
-
-async def _tail(stream: asyncio.StreamReader, most_bytes: int) -> bytes:
-    """The last bytes of a stream."""
-    tail = b""
-    while data := await stream.read(4096):
-        tail = (tail + data)[-most_bytes:]
-    return tail
 
 
 class SpeedTests:
@@ -194,7 +140,7 @@ class SpeedTests:
     async def _run(self, at: float) -> None:
         try:
             answer = done(await run_tool(tool_command(self._mini, self._module)), at)
-        except (Unavailable, BadMessage, OSError) as error:
+        except (Unavailable, BadMessage) as error:
             self._fail(str(error), at)
             return
         except Exception:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from mapreduce.commands import CommandFailed
 from mapreduce.core.releases import Release, newest, step_between
 from mapreduce.core.versions import Version
 from mapreduce.errors import LocalError, MapReduceError
@@ -31,7 +32,6 @@ from mapreduce.processes import ChildProcess, spawn
 from mapreduce.releases import (
     BadRelease,
     Checkout,
-    CommandFailed,
     Installations,
     environment_of_releases,
     own_version,
@@ -279,6 +279,8 @@ class Supervisor:
             if release is None:
                 return None
             _log.info("installing", extra={"version": release.tag})
+        self._progress.wanted = str(release.version)  # so that nobody removes it meanwhile
+        self._installed.save(self._progress)
         try:
             await self._installed.install(release)
         except BadRelease as error:
@@ -311,6 +313,7 @@ class Supervisor:
             _log.warning(message, extra=facts)
 
     def _give_up(self, release: Release, reason: str) -> None:
+        self._progress.wanted = None
         self._progress.failed[release.commit] = reason[:MAX_REASON]
         self._installed.save(self._progress)
         _log.error(
@@ -347,7 +350,7 @@ class Supervisor:
         except (NotGood, LocalError, OSError) as error:
             return await self._roll_back(old.program, release, str(error)), self._updates.every_s
         self._progress.current = version
-        self._progress.trying = self._progress.state = None
+        self._progress.wanted = self._progress.trying = self._progress.state = None
         self._installed.save(self._progress)
         if old.state is not None:
             let_go(old.state)

@@ -100,7 +100,7 @@ def test_a_validators_operator_tests_miners_that_run(mini: SpeedtestMini) -> Non
             ("peer", first, 1, "holds no validator permit"),
             ("validator", third, 1, "runs no speed tests (--miner.no_speedtest)"),
             ("validator", subnet.validator_uid, 1, "knows no speed tests"),
-            ("validator", 250, 2, "miner.uid = 250: netuid"),
+            ("validator", 250, 2, "miner_uid = 250: netuid"),
         ):
             refused = run_cli(subnet, hotkey, uid)
             assert (refused.returncode, refused.stdout) == (code, "")

@@ -88,7 +88,7 @@ def installations(tmp_path: Path, name: str = "miner-w-h") -> Installations:
 
 
 def test_progress_is_kept(tmp_path):
-    progress = Progress(current="2.0.1", trying="2.0.2", state="/state", failed={A: "died"})
+    progress = Progress("2.0.1", "2.0.2", "2.0.2", "/state", {A: "died"})
     installations(tmp_path).save(progress)
     assert installations(tmp_path).load() == progress
     assert installations(tmp_path, "another").load() == Progress()
@@ -102,9 +102,9 @@ def test_progress_is_kept(tmp_path):
         "[]",
         "7",
         "{}",
-        '{"current": "../../etc", "trying": null, "state": null, "failed": {}}',
-        '{"current": null, "trying": 5, "state": null, "failed": {}}',
-        '{"current": null, "trying": null, "state": null, "failed": 3}',
+        '{"current": "../../etc", "wanted": null, "trying": null, "state": null, "failed": {}}',
+        '{"current": null, "wanted": null, "trying": 5, "state": null, "failed": {}}',
+        '{"current": null, "wanted": null, "trying": null, "state": null, "failed": 3}',
     ],
 )
 def test_a_damaged_file_is_as_good_as_none(tmp_path, content):

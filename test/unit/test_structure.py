@@ -26,6 +26,7 @@ LAYERS = (
         "mapreduce.chain",
         "mapreduce.store",
         "mapreduce.logs",
+        "mapreduce.commands",
         "mapreduce.processes",
         "mapreduce.ranks",
         "mapreduce.releases",
