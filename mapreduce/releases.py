@@ -149,7 +149,12 @@ class Installations:
         place = self._directory / version
         async with self._alone():
             if await self.works(version):
-                return
+                if self._commit_of(version) == release.commit:
+                    return
+                if version in self._used(but=self._file):
+                    raise CommandFailed(
+                        f"{release.tag} has moved, and another neuron runs what it was before"
+                    )
             _remove(place)
             try:
                 await self._build(release, place)
@@ -190,15 +195,28 @@ class Installations:
         """Removes what no neuron of this checkout runs or is about to; returns the versions."""
         gone = []
         async with self._alone():
-            used = set()
-            for file in self._directory.glob("*.json"):
-                theirs = Installations(self._checkout, file.stem).load()
-                used |= {theirs.current, theirs.wanted, theirs.trying}
+            used = self._used()
             for place in sorted(self._directory.iterdir()):
                 if place.is_dir() and place.name not in used:
                     await asyncio.to_thread(_remove, place)
                     gone.append(place.name)
         return gone
+
+    def _used(self, but: Path | None = None) -> set[str | None]:
+        """The releases that neurons of this checkout run or are about to, but for one's file."""
+        used = set()
+        for file in self._directory.glob("*.json"):
+            if file != but:
+                theirs = Installations(self._checkout, file.stem).load()
+                used |= {theirs.current, theirs.wanted, theirs.trying}
+        return used
+
+    def _commit_of(self, version: str) -> str:
+        """What an installed release was made from."""
+        try:
+            return (self._directory / version / "complete").read_text()
+        except OSError:
+            return ""
 
     @contextlib.asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:

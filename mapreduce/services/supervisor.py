@@ -49,7 +49,6 @@ DRAIN_AGAIN_S: Final = 3600.0
 STOP_S: Final = 20.0
 GIVEN_UP_S: Final = 3.0
 FIRST_LOOK_S: Final = 60.0
-END_S: Final = 5.0
 MAX_REASON: Final = 500
 
 _log = logging.getLogger(__name__)
@@ -73,6 +72,7 @@ class Child:
 
     def __init__(self, program: Program, process: ChildProcess, channel: socket.socket) -> None:
         self.program = program
+        self.version = ""
         self.state: Path | None = None
         self.work = ""
         self.ready = asyncio.Event()
@@ -98,14 +98,14 @@ class Child:
             while line := await reader.readline():
                 self._hear(json.loads(line))
         self._writer.close()
-        # Only the child had the other end, so it is ending; it may have closed it and hang.
-        code = await asyncio.to_thread(self._process.wait, END_S)
+        # Only the child had the other end: it is ending, which takes as long as a stop may.
+        code = await asyncio.to_thread(self._process.wait, STOP_S)
         return self._process.kill() if code is None else code
 
     def _hear(self, message: dict[str, Any]) -> None:  # as the child wrote it
         event = message.get("event")
         if event == READY:
-            state = message.get("state")
+            state, self.version = message.get("state"), str(message.get("version"))
             self.state = None if state is None else Path(str(state))
             self.ready.set()
         elif event == BUSY:
@@ -123,6 +123,8 @@ class Child:
         if not await self._first(self.ready, timeout_s):
             how = self._how_it_ended() or f"was not ready after {timeout_s:g} s"
             raise NotGood(f"version {self.program.version} {how}")
+        if self.version != str(self.program.version):
+            raise NotGood(f"version {self.program.version} runs the code of {self.version}")
 
     async def wait_proven(self, timeout_s: float) -> None:
         """Raises NotGood if it ends within the time."""
@@ -234,7 +236,7 @@ class Supervisor:
                 return self._program(version)
             _log.warning("this release does not run here any more", extra={"version": version})
         progress.current = None
-        self._installed.save(progress)
+        self._save()
         return self._own
 
     def _program(self, version: Version) -> Program:
@@ -251,6 +253,8 @@ class Supervisor:
                 release = await self._look(running)
             except (CommandFailed, LocalError) as error:
                 _log.warning("no update", extra={"error": str(error)})
+            except Exception:  # the top of this task: what runs must not end for it
+                _log.exception("no update")
             else:
                 if release is not None:
                     return release
@@ -315,7 +319,7 @@ class Supervisor:
     def _give_up(self, release: Release, reason: str) -> None:
         self._progress.wanted = None
         self._progress.failed[release.commit] = reason[:MAX_REASON]
-        self._installed.save(self._progress)
+        self._save()
         _log.error(
             "a release is not good, and is not tried again",
             extra={"version": release.tag, "reason": reason},
@@ -335,11 +339,14 @@ class Supervisor:
                 extra={"version": release.tag, "work": old.work, "again_in_s": DRAIN_AGAIN_S},
             )
             return old, DRAIN_AGAIN_S
-        _log.info("updating", extra={"from": old.program.version, "to": release.version})
         version = str(release.version)
         self._progress.trying = version
         self._progress.state = None if old.state is None else str(old.state)
-        self._installed.save(self._progress)
+        if not self._save():
+            old.tell(RESUME)
+            self._progress.trying = self._progress.state = None
+            return old, DRAIN_AGAIN_S
+        _log.info("updating", extra={"from": old.program.version, "to": release.version})
         await old.stop()
         try:
             if old.state is not None:
@@ -351,11 +358,10 @@ class Supervisor:
             return await self._roll_back(old.program, release, str(error)), self._updates.every_s
         self._progress.current = version
         self._progress.wanted = self._progress.trying = self._progress.state = None
-        self._installed.save(self._progress)
+        self._save()
         if old.state is not None:
             let_go(old.state)
-        gone = await self._installed.prune()
-        _log.info("updated", extra={"version": version, "removed": gone})
+        _log.info("updated", extra={"version": version, "removed": await self._prune()})
         return new, self._updates.every_s
 
     async def _roll_back(self, program: Program, release: Release, reason: str) -> Child:
@@ -372,17 +378,38 @@ class Supervisor:
             _log.error("the old release does not start either", extra={"reason": str(error)})
         else:
             self._give_up(release, reason)
-            await self._installed.prune()
-            _log.info("rolled back", extra={"version": program.version})
+            _log.info(
+                "rolled back", extra={"version": program.version, "removed": await self._prune()}
+            )
         return back
 
     async def _undo(self) -> None:
         """What the release that was tried has left behind goes."""
         progress = self._progress
         if progress.state is not None:
-            await asyncio.to_thread(put_back, Path(progress.state))
+            try:
+                await asyncio.to_thread(put_back, Path(progress.state))
+            except LocalError as error:
+                _log.error("the state is not as it was", extra={"error": str(error)})
         progress.trying = progress.state = None
-        self._installed.save(progress)
+        self._save()
+
+    async def _prune(self) -> list[str]:
+        """The environments that are removed; one that cannot be is told of, and stays."""
+        try:
+            return await self._installed.prune()
+        except (CommandFailed, OSError) as error:
+            _log.warning("old releases are not removed", extra={"error": str(error)})
+            return []
+
+    def _save(self) -> bool:
+        """Whether what is remembered could be written down: a full disk must end nothing."""
+        try:
+            self._installed.save(self._progress)
+        except LocalError as error:
+            _log.error("updates are not written down", extra={"error": str(error)})
+            return False
+        return True
 
 
 def supervise(updates: UpdateConfig, name: str, module: str, axon: AxonConfig | None) -> int:
@@ -401,8 +428,10 @@ async def _supervise(updates: UpdateConfig, name: str, module: str, axon: AxonCo
     running = asyncio.create_task(supervisor.run())
 
     def stop() -> None:
-        if not running.cancel():  # the second time
+        if running.cancelling():  # the second time
             supervisor.kill()
+        else:
+            running.cancel()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

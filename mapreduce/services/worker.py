@@ -62,6 +62,8 @@ class Worker:
         if not words:
             return None
         sockets = [socket.socket(fileno=int(word)) for word in words]
+        for one in sockets:
+            one.set_inheritable(False)  # they came through exec, and shall go no further
         return cls(sockets[0], sockets[1] if len(sockets) > 1 else None)
 
     async def run(

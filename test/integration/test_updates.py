@@ -15,6 +15,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import pytest
 
 from mapreduce import __version__
@@ -185,6 +186,64 @@ def test_a_release_that_is_not_good_is_never_started(tmp_path: Path) -> None:
         assert f"says that it is version {MAJOR}" in log
         assert log.count(READY) == 1
         assert fleet.installed() == []
+
+
+@pytest.mark.slow
+def test_two_neurons_share_a_checkout(tmp_path: Path) -> None:
+    names = {"miner-1": "patch", "miner-2": "patch", "validator": "minor"}
+    with UpdatingSubnet(tmp_path, names, environ=QUICK, miners=2, bots=1) as fleet:
+        fleet.origin.release(NEXT)
+        for name in names:
+            fleet.wait_log(name, f"updated version={NEXT}", 90)
+        assert fleet.installed() == [NEXT]
+        fleet.origin.release(AFTER)
+        for name in names:
+            fleet.wait_log(name, f"updated version={AFTER}", 90)
+        assert fleet.run(sum_once, 2, 4000) == [3.0, 3.0]
+        assert fleet.installed() == [AFTER]
+
+
+@pytest.mark.slow
+def test_an_update_that_cannot_be_written_down_is_put_off(tmp_path: Path) -> None:
+    with subnet(tmp_path) as fleet:
+        (file,) = [fleet.checkout / ".releases" / "miner-miner-1-miner-1.json"]
+        file.with_suffix(".new").mkdir(parents=True)  # as a full disk would, for root as well
+        fleet.origin.release(NEXT)
+        fleet.wait_log("miner-1", "no update", count=2)
+        assert fleet.run(sum_once, 2, 4000) == [3.0, 3.0]
+        file.with_suffix(".new").rmdir()
+        fleet.wait_log("miner-1", "updated")
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
+    with subnet(tmp_path) as fleet:
+        supervisor = psutil.Process(fleet.miners[0].pid)
+        (worker,) = supervisor.children()
+        worker.suspend()  # it cannot stop in order
+        fleet.miners[0].send_signal(signal.SIGTERM)
+        assert fleet.miners[0].wait(1.0) is None
+        fleet.miners[0].send_signal(signal.SIGTERM)
+        assert fleet.miners[0].wait(5.0) == 128 + signal.SIGKILL
+        assert not worker.is_running()
+
+
+@pytest.mark.slow
+def test_a_neuron_that_ends_by_itself_ends_its_supervisor(tmp_path: Path) -> None:
+    with subnet(tmp_path) as fleet:
+        (worker,) = psutil.Process(fleet.miners[0].pid).children()
+        worker.kill()
+        assert fleet.miners[0].wait(10.0) == 128 + signal.SIGKILL
+        fleet.restart_miner()
+        fleet.wait_log("miner-1", READY, count=2)
+        (worker,) = psutil.Process(fleet.miners[0].pid).children()
+        fleet.miners[0].kill()
+        for _ in range(100):  # and it does not outlive its supervisor
+            if not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE:
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail("the worker runs on")
 
 
 @pytest.mark.slow
