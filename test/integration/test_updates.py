@@ -19,7 +19,9 @@ import psutil
 import pytest
 
 from mapreduce import __version__
+from mapreduce.errors import LocalError
 from mapreduce.local import NETUID
+from mapreduce.store.database import Database
 from test.updates.fleet import UpdatingSubnet
 from test.updates.repository import git
 
@@ -186,6 +188,32 @@ def test_a_release_that_is_not_good_is_never_started(tmp_path: Path) -> None:
         assert f"says that it is version {MAJOR}" in log
         assert log.count(READY) == 1
         assert fleet.installed() == []
+
+
+@pytest.mark.slow
+def test_a_state_that_the_new_release_has_converted_is_put_back(tmp_path: Path) -> None:
+    schema = "mapreduce/store/schema.py"
+    converts = (
+        schema,
+        "(_VERSION_1, _VERSION_2)",
+        '(_VERSION_1, _VERSION_2, ("CREATE TABLE x (y)",))',
+    )
+    with UpdatingSubnet(tmp_path, {"validator": "patch"}, environ=QUICK, miners=1) as fleet:
+        with Database.open_read_only(fleet.state_path):
+            pass  # the schema of this version
+        fleet.origin.release(NEXT, converts, BROKEN["dies after start"], NO_CHECK)
+        log = fleet.wait_log("validator", "rolled back")
+        assert EXPECTED["dies after start"] in log
+        with Database.open_read_only(fleet.state_path):
+            pass
+        assert not list(fleet.directory.glob("*-aside*"))
+        assert fleet.run(sum_once, 2, 4000) == [3.0, 3.0]
+        # One that converts it and is good keeps it.
+        fleet.origin.release(AFTER, converts)
+        fleet.wait_log("validator", "updated")
+        with pytest.raises(LocalError, match="schema version"):
+            Database.open_read_only(fleet.state_path)
+        assert fleet.run(sum_once, 2, 4000) == [3.0, 3.0]
 
 
 @pytest.mark.slow
