@@ -201,12 +201,10 @@ class Supervisor:
             child = self._start(await self._first_program())
             pause_s = min(FIRST_LOOK_S, self._updates.every_s)
             while True:
-                search = asyncio.create_task(self._search(child.program.version, pause_s))
-                await asyncio.wait([search, child.ended], return_when=asyncio.FIRST_COMPLETED)
-                if child.ended.done():
-                    search.cancel()
+                release = await self._next_release(child, pause_s)
+                if release is None:
                     return
-                child, pause_s = await self._switch(child, search.result())
+                child, pause_s = await self._switch(child, release)
         finally:
             if self._child is not None:
                 self.exit_code = await self._child.stop()
@@ -243,6 +241,16 @@ class Supervisor:
         python = str(self._installed.python(str(version)))
         argv = (python, "-m", f"neurons.{self._module}", *sys.argv[1:])
         return Program(version, argv, environment_of_releases(os.environ))
+
+    async def _next_release(self, child: Child, pause_s: float) -> Release | None:
+        """The release to take next, installed; None if the child ends before there is one."""
+        search = asyncio.create_task(self._search(child.program.version, pause_s))
+        try:
+            await asyncio.wait([search, child.ended], return_when=asyncio.FIRST_COMPLETED)
+            return None if child.ended.done() else search.result()
+        finally:
+            search.cancel()  # with the installation that it may be in
+            await asyncio.wait([search])
 
     async def _search(self, running: Version, pause_s: float) -> Release:
         """Looks for a release to take, from time to time, until one is there and installed."""
