@@ -360,10 +360,14 @@ class Supervisor:
             if old.state is not None:
                 await asyncio.to_thread(set_aside, old.state)
             new = self._start(self._program(release.version))
+        except (LocalError, OSError) as error:  # a full disk, say: no fault of the release
+            return await self._go_back(old.program, str(error), blamed=None), DRAIN_AGAIN_S
+        try:
             await new.wait_ready(READY_S)
             await new.wait_proven(PROBATION_S)
-        except (NotGood, LocalError, OSError) as error:
-            return await self._roll_back(old.program, release, str(error)), self._updates.every_s
+        except NotGood as error:
+            back = await self._go_back(old.program, str(error), blamed=release)
+            return back, self._updates.every_s
         self._progress.current = version
         self._progress.wanted = self._progress.trying = self._progress.state = None
         self._save()
@@ -372,8 +376,9 @@ class Supervisor:
         _log.info("updated", extra={"version": version, "removed": await self._prune()})
         return new, self._updates.every_s
 
-    async def _roll_back(self, program: Program, release: Release, reason: str) -> Child:
-        """Starts the old program again, with the state that it left."""
+    async def _go_back(self, program: Program, reason: str, *, blamed: Release | None) -> Child:
+        """Starts the old program again, with the state that it left. The release that is `blamed`
+        is not tried again, if the old one works here and now."""
         _log.error("an update failed: the old release is started again", extra={"reason": reason})
         if self._child is not None:
             await self._child.stop(GIVEN_UP_S)  # it serves nobody
@@ -385,7 +390,8 @@ class Supervisor:
             # Then it may have been the chain, or this machine, and no fault of the release.
             _log.error("the old release does not start either", extra={"reason": str(error)})
         else:
-            self._give_up(release, reason)
+            if blamed is not None:
+                self._give_up(blamed, reason)
             _log.info(
                 "rolled back", extra={"version": program.version, "removed": await self._prune()}
             )

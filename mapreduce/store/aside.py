@@ -24,14 +24,16 @@ def set_aside(path: Path) -> None:
         unfinished.unlink(missing_ok=True)
         unfinished.touch(mode=0o600)
         # Not a copy of the bytes: a killed process leaves part of them in a second file.
+        existing = f"{path.absolute().as_uri()}?mode=rw"
         with (
-            contextlib.closing(sqlite3.connect(path)) as source,
+            contextlib.closing(sqlite3.connect(existing, uri=True)) as source,
             contextlib.closing(sqlite3.connect(unfinished)) as target,
         ):
             source.backup(target)
         os.replace(unfinished, copy)
     except (OSError, sqlite3.Error) as error:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
         raise LocalError(f"cannot copy the validator's state {path}: {error}") from None
 
 

@@ -244,6 +244,19 @@ def test_an_update_that_cannot_be_written_down_is_put_off(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_a_state_that_cannot_be_copied_puts_the_update_off(tmp_path: Path) -> None:
+    with UpdatingSubnet(tmp_path, {"validator": "patch"}, environ=QUICK, miners=1) as fleet:
+        (fleet.directory / "validator.sqlite-aside.new").mkdir()  # as a full disk would
+        commit = fleet.origin.release(NEXT)
+        log = fleet.wait_log("validator", "rolled back")
+        assert "cannot copy the validator's state" in log
+        assert f"version={__version__}" in log[log.rindex("validator is ready") :]
+        (file,) = (fleet.checkout / ".releases").glob("validator-*.json")
+        assert commit not in json.loads(file.read_text())["failed"]
+        assert fleet.run(sum_once, 2, 4000) == [3.0, 3.0]
+
+
+@pytest.mark.slow
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     with subnet(tmp_path) as fleet:
         supervisor = psutil.Process(fleet.miners[0].pid)

@@ -77,3 +77,6 @@ def test_the_copy_is_for_this_user_alone_and_goes(state):
 def test_a_copy_that_cannot_be_made_is_an_error_that_names_the_file(tmp_path):
     with pytest.raises(LocalError, match="missing"):
         set_aside(tmp_path / "missing" / "validator.sqlite")
+    with pytest.raises(LocalError, match="none"):
+        set_aside(tmp_path / "none")
+    assert list(tmp_path.iterdir()) == []
