@@ -143,24 +143,30 @@ class AxonUpkeep:
         self._tell = tell
         self._looked_up: str | None = None
         self._looked_up_at = float("-inf")
+        self._from_chain: str | None = None  # as it was at the start: later it may be another's
         self._right: Endpoint | None = None  # what the chain shows, as far as we know
         self._overwritten = 0
-        self._told_at = float("-inf")
+        self._told_at: dict[str, float] = {}
 
     async def publish(self) -> Address:
         """Finds the address and has the chain show it, as soon as the chain allows.
 
         Raises ConfigError, NotRegistered, Refused or ChainUnavailable.
         """
-        address = await self._find(await self._read())
-        while (state := await self._read()).shown != address.endpoint:
+        state = await self._read()
+        if state.shown is not None:
+            self._from_chain = state.shown[0]
+        address = await self._find()
+        while state.shown != address.endpoint:
             if not state.registered:
                 raise NotRegistered(
                     f"the hotkey {self._hotkey} is not registered on netuid {self._netuid}; "
                     f"register it with `{self._register_hint}`"
                 )
-            if not await self._serve(address, state):
-                await asyncio.sleep(min(max(state.wait_s, state.block_time_s), WAIT_S))
+            if await self._serve(address, state):
+                break
+            await asyncio.sleep(min(max(state.wait_s, state.block_time_s), WAIT_S))
+            state = await self._read()
         self._right = address.endpoint
         return address
 
@@ -183,7 +189,7 @@ class AxonUpkeep:
                 f"it gets no new work and no pay; register it with `{self._register_hint}`"
             )
             return
-        address = await self._find(state)
+        address = await self._find()
         if state.shown != address.endpoint:
             if self._right == address.endpoint:
                 self._overwritten += 1
@@ -200,7 +206,7 @@ class AxonUpkeep:
         self._right = address.endpoint
         self._tell(None)
 
-    async def _find(self, state: AxonState) -> Address:
+    async def _find(self) -> Address:
         config, url = self._config, self._config.lookup_url
         now = asyncio.get_running_loop().time()
         if url is not None and config.external_ip is None and now - self._looked_up_at > LOOK_UP_S:
@@ -213,7 +219,7 @@ class AxonUpkeep:
             config,
             self._port,
             looked_up=self._looked_up,
-            shown=None if state.shown is None else state.shown[0],
+            shown=self._from_chain,
             one_machine=self._one_machine,
         )
 
@@ -239,8 +245,9 @@ class AxonUpkeep:
     def _say(self, message: str) -> None:
         """An error in the log, but not every minute."""
         now = asyncio.get_running_loop().time()
-        if now - self._told_at >= TELL_AGAIN_S:
-            self._told_at = now
+        self._told_at = {text: at for text, at in self._told_at.items() if now - at < TELL_AGAIN_S}
+        if message not in self._told_at:
+            self._told_at[message] = now
             _log.error(message)
 
 

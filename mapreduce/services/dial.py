@@ -69,7 +69,7 @@ class DialBack:
                 port=neuron.port,
                 reached=reason is None,
                 reason=(reason or "")[:MAX_REASON],
-                seen_from=(request.remote or "")[:64],
+                seen_from=(request.remote or "").removeprefix("::ffff:")[:64],
             )
         )
 

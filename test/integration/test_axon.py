@@ -127,6 +127,24 @@ async def test_what_another_process_has_published_is_mended_and_said(
 
 
 @in_loop
+async def test_the_address_of_another_process_is_not_taken_for_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(axon_module, "LOOK_S", 0.1)
+    async with chain(tmp_path) as (client, wallet):
+        await serve_axon(client, wallet, NETUID, "10.0.0.5", 8091)
+        kept = upkeep(client, wallet, AxonConfig(), Told())  # by what the chain shows
+        assert (await kept.publish()).ip == "10.0.0.5"
+        await asyncio.sleep(50 * BLOCK_S)
+        await serve_axon(client, wallet, NETUID, "10.9.9.9", 1)
+        task = asyncio.create_task(kept.keep())
+        try:
+            await until_shown(client, wallet, ("10.0.0.5", 8091))
+        finally:
+            task.cancel()
+
+
+@in_loop
 async def test_a_hotkey_that_lost_its_place_is_told_how_to_get_it_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -218,7 +218,7 @@ def test_a_state_that_the_new_release_has_converted_is_put_back(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_two_neurons_share_a_checkout(tmp_path: Path) -> None:
-    names = {"miner-1": "patch", "miner-2": "patch", "validator": "minor"}
+    names = {"miner-1": "patch", "miner-2": "patch", "validator": "minor", "bot-1": "major"}
     with UpdatingSubnet(tmp_path, names, environ=QUICK, miners=2, bots=1) as fleet:
         fleet.origin.release(NEXT)
         for name in names:
