@@ -6,6 +6,8 @@ Real pip, real self-checks, and the times that an operator's neurons are given.
 from __future__ import annotations
 
 import contextlib
+import json
+import random
 import re
 import threading
 import time
@@ -19,6 +21,7 @@ import pytest
 
 from mapreduce import __version__
 from mapreduce.errors import MapReduceError
+from mapreduce.store.database import Database
 from test.updates.fleet import UpdatingSubnet
 
 if TYPE_CHECKING:
@@ -133,6 +136,46 @@ def test_ten_updates_under_load(tmp_path: Path) -> None:
             assert load.jobs > UPDATES
         assert len(loads) == PEERS
     assert processes_of(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_supervisor_killed_anywhere_in_an_update_goes_on_where_it_was(
+    tmp_path: Path, seed: int
+) -> None:
+    """Without pip, so that there are many updates to be killed in."""
+    moments = random.Random(seed)
+    times = {"TRY_PROBATION_S": "2", "TRY_READY_S": "15"}
+    major, minor, patch = (int(part) for part in __version__.split("."))
+    with UpdatingSubnet(tmp_path, {"validator": "patch"}, environ=times, miners=1) as fleet:
+        for number in range(1, 5):
+            version = f"{major}.{minor}.{patch + number}"
+            fleet.origin.release(version)
+            fleet.wait_log("validator", f"to={version}", UPDATE_S)
+            time.sleep(moments.uniform(0, 4))
+            validator = fleet.validator
+            assert validator is not None
+            children = psutil.Process(validator.pid).children(recursive=True)
+            validator.kill()
+            _, alive = psutil.wait_procs(children, timeout=5.0)
+            assert alive == []
+            fleet.restart_validator()
+            file = next((fleet.checkout / ".releases").glob("validator-*.json"))
+            deadline = time.monotonic() + UPDATE_S
+            while json.loads(file.read_text())["current"] != version:
+                assert time.monotonic() < deadline, fleet.log("validator")[-4000:]
+                time.sleep(0.2)
+            with Database.open_read_only(fleet.state_path) as database:
+                assert database.execute("PRAGMA integrity_check") == [("ok",)]
+            assert fleet.run(sum_once, PEERS, 4000) == [3.0] * PEERS
+        assert fleet.installed() == [version]
+        assert not list(fleet.directory.glob("*-aside*"))
+
+
+def sum_once(peer: Peer) -> float:
+    tensor = np.full(1000, float(peer.rank), dtype=np.float32)
+    return float(np.asarray(peer.all_reduce(tensor, op="sum"))[0])
 
 
 def assert_tidy(fleet: UpdatingSubnet, versions: list[str]) -> None:
