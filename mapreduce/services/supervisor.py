@@ -3,32 +3,27 @@
 The supervisor is the process that the operator started, and stays: it holds the socket that the
 neuron listens on, so that nobody is refused while one release ends and the next begins. A release
 is installed while the old one works; the old one finishes its jobs and ends; the new one must
-become ready and stay, or the old one is started again, with its state as it was. Knows this order
-and the child's channel (`worker.py`); does not know git or pip (`releases.py`), nor what a neuron
-does.
+become ready and stay, or the old one is started again, with its state as it was. Knows this order;
+does not know git or pip (`releases.py`), nor how one speaks with a child (`child.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import random
 import signal
-import socket
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Final
 
 from mapreduce.commands import CommandFailed
 from mapreduce.core.releases import Release, newest, step_between
 from mapreduce.core.versions import Version
-from mapreduce.errors import LocalError, MapReduceError
+from mapreduce.errors import LocalError
 from mapreduce.net.listener import listen
-from mapreduce.processes import ChildProcess, spawn
 from mapreduce.releases import (
     BadRelease,
     Checkout,
@@ -36,136 +31,24 @@ from mapreduce.releases import (
     environment_of_releases,
     own_version,
 )
-from mapreduce.services.worker import BUSY, DRAIN, DRAINED, READY, RESUME, VARIABLE
+from mapreduce.services.child import Child, NotGood, Program
+from mapreduce.services.worker import RESUME
 from mapreduce.store.aside import let_go, put_back, set_aside
 
 if TYPE_CHECKING:
+    import socket
+
     from mapreduce.config import AxonConfig, UpdateConfig
 
 READY_S: Final = 40.0  # with the old release started again, less than a minute for a broken one
 PROBATION_S: Final = 30.0
 DRAIN_S: Final = 600.0
 DRAIN_AGAIN_S: Final = 3600.0
-STOP_S: Final = 20.0
 GIVEN_UP_S: Final = 3.0
 FIRST_LOOK_S: Final = 60.0
 MAX_REASON: Final = 500
 
 _log = logging.getLogger(__name__)
-
-
-class NotGood(MapReduceError):
-    """A release that runs did not become ready, or did not stay; the message says which."""
-
-
-@dataclass(frozen=True, slots=True)
-class Program:
-    """A version of the neuron, and how to run it."""
-
-    version: Version
-    argv: tuple[str, ...]
-    environ: dict[str, str]
-
-
-class Child:
-    """One run of a program, and the supervisor's end of its channel."""
-
-    def __init__(self, program: Program, process: ChildProcess, channel: socket.socket) -> None:
-        self.program = program
-        self.version = ""
-        self.state: Path | None = None
-        self.work = ""
-        self.ready = asyncio.Event()
-        self.drained = asyncio.Event()
-        self.ended: asyncio.Task[int] = asyncio.create_task(self._listen(channel))
-        self._process = process
-        self._writer: asyncio.StreamWriter | None = None
-
-    @classmethod
-    def start(cls, program: Program, name: str, listener: socket.socket | None) -> Self:
-        """Raises OSError if the system cannot start a process."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            passed = [theirs.fileno(), *([] if listener is None else [listener.fileno()])]
-            env = {**program.environ, VARIABLE: " ".join(map(str, passed))}
-            process = spawn(name, program.argv, env=env, log_path=None, pass_fds=passed)
-        return cls(program, process, ours)
-
-    async def _listen(self, channel: socket.socket) -> int:
-        """Hears the child until it has ended; returns its exit code."""
-        reader, self._writer = await asyncio.open_unix_connection(sock=channel)
-        with contextlib.suppress(OSError, ValueError):  # a line without an end
-            while line := await reader.readline():
-                self._hear(json.loads(line))
-        self._writer.close()
-        # Only the child had the other end: it is ending, which takes as long as a stop may.
-        code = await asyncio.to_thread(self._process.wait, STOP_S)
-        return self._process.kill() if code is None else code
-
-    def _hear(self, message: dict[str, Any]) -> None:  # as the child wrote it
-        event = message.get("event")
-        if event == READY:
-            state, self.version = message.get("state"), str(message.get("version"))
-            self.state = None if state is None else Path(str(state))
-            self.ready.set()
-        elif event == BUSY:
-            self.work = str(message.get("work"))
-        elif event == DRAINED:
-            self.drained.set()
-
-    def tell(self, command: str) -> None:
-        """Says a word to the child, if it still hears."""
-        if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(json.dumps({"command": command}).encode() + b"\n")
-
-    async def wait_ready(self, timeout_s: float) -> None:
-        """Raises NotGood if it ends, or does not say so in time."""
-        if not await self._first(self.ready, timeout_s):
-            how = self._how_it_ended() or f"was not ready after {timeout_s:g} s"
-            raise NotGood(f"version {self.program.version} {how}")
-        if self.version != str(self.program.version):
-            raise NotGood(f"version {self.program.version} runs the code of {self.version}")
-
-    async def wait_proven(self, timeout_s: float) -> None:
-        """Raises NotGood if it ends within the time."""
-        await asyncio.wait([self.ended], timeout=timeout_s)
-        if how := self._how_it_ended():
-            raise NotGood(f"version {self.program.version} {how}, soon after it was ready")
-
-    async def wait_drained(self, timeout_s: float) -> bool:
-        """Whether nothing is under way any more, or the child has ended by itself."""
-        self.drained.clear()
-        self.tell(DRAIN)
-        return await self._first(self.drained, timeout_s) or self.ended.done()
-
-    async def _first(self, event: asyncio.Event, timeout_s: float) -> bool:
-        """Whether the event comes in time and before the end."""
-        waiting = asyncio.create_task(event.wait())
-        try:
-            await asyncio.wait(
-                [waiting, self.ended], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
-            )
-            return event.is_set()
-        finally:
-            waiting.cancel()
-
-    def _how_it_ended(self) -> str | None:
-        if not self.ended.done():
-            return None
-        code = self.ended.result()
-        return f"ended with exit code {code}" if code >= 0 else f"was ended by signal {-code}"
-
-    async def stop(self, grace_s: float = STOP_S) -> int:
-        """SIGTERM, and SIGKILL for what does not end in time; returns the exit code."""
-        self._process.send_signal(signal.SIGTERM)
-        await asyncio.wait([self.ended], timeout=grace_s)
-        if not self.ended.done():
-            _log.warning("the neuron does not stop: it is killed")
-            self._process.kill()
-        return await asyncio.shield(self.ended)
-
-    def kill(self) -> None:
-        self._process.kill()
 
 
 class Supervisor:
@@ -340,7 +223,8 @@ class Supervisor:
 
         Returns the child that runs now, and the seconds until releases are looked for again.
         """
-        if not await old.wait_drained(DRAIN_S):
+        # One that never became ready has nothing under way.
+        if old.ready.is_set() and not await old.wait_drained(DRAIN_S):
             old.tell(RESUME)
             _log.warning(
                 "an update waits for work that is under way; a restart takes it at once",
