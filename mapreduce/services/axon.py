@@ -213,6 +213,11 @@ class AxonUpkeep:
             self._looked_up_at = now
             try:
                 self._looked_up = await look_up(url)
+                if not ipaddress.ip_address(self._looked_up).is_global:
+                    self._say(
+                        f"axon.lookup_url answers {self._looked_up}, which only a private network "
+                        "can dial; it is published all the same"
+                    )
             except Unavailable as error:
                 _log.warning("the address cannot be looked up", extra={"error": str(error)})
         return choose_address(
