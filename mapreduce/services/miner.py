@@ -141,7 +141,11 @@ class Miner:
         if self._closing:
             raise Refused("the miner is shutting down", code="closing", status=503)
         if self.draining:
-            raise Refused("the miner ends its jobs, to be updated", code="draining", status=503)
+            raise Refused(
+                "the miner takes no jobs yet: it is starting, or will be updated",
+                code="draining",
+                status=503,
+            )
         if len(self.jobs) >= self._max_jobs:
             raise Refused(
                 f"all {self._max_jobs} jobs (--miner.max_jobs) are taken", code="too_many_jobs"

@@ -151,6 +151,8 @@ class Neuron:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
+        for duty in self.duties:
+            duty.draining = True  # no work before it is ready: a bad release may have to go again
         worker = Worker.from_environment()
         listener = None if worker is None else worker.listener
         runner = await start_server(app, listener or listen(axon.ip, axon.port))
@@ -161,6 +163,8 @@ class Neuron:
                 address = await _unless(stop, upkeep.publish())
                 if address is not None:
                     self._not_ready = None
+                    for duty in self.duties:
+                        duty.draining = False
                     _log.info(
                         f"{self.role} is ready",
                         extra={

@@ -227,7 +227,7 @@ def _unable(status: MinerStatus | MapReduceError, needed_bytes: int) -> str | No
     if isinstance(status, MapReduceError):
         return str(status)
     if status.draining:
-        return "it ends its jobs, to be updated"
+        return "it takes no jobs yet: it is starting, or will be updated"
     if status.jobs >= status.max_jobs:
         return f"all {status.max_jobs} jobs are taken"
     if status.memory_free_bytes < needed_bytes:

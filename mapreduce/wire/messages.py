@@ -142,7 +142,7 @@ class GrantedJob:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MinerStatus:
     """What a miner has room for. Not evidence of anything: it never enters a score. `draining`: it
-    takes no jobs just now, since it will be updated."""
+    takes no jobs just now, since it is starting or will be updated."""
 
     __pydantic_config__ = _STRICT
 

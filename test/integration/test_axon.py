@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,11 +15,14 @@ from aiohttp import web
 from mapreduce.chain.actions import register_hotkey
 from mapreduce.chain.axons import read_axon, serve_axon
 from mapreduce.chain.embedded import create_chain
-from mapreduce.config import AxonConfig
+from mapreduce.config import AxonConfig, ChainConfig
 from mapreduce.errors import ConfigError, NotRegistered, Unavailable
+from mapreduce.net.auth import Verifier
 from mapreduce.net.listener import listen
+from mapreduce.net.server import make_app
 from mapreduce.services import axon as axon_module
 from mapreduce.services.axon import AxonUpkeep, look_up
+from mapreduce.services.neuron import Neuron
 from test.integration.fleet import in_loop, until
 from test.unit.test_chain_support import (
     NETUID,
@@ -164,6 +169,44 @@ async def test_a_hotkey_that_lost_its_place_is_told_how_to_get_it_back(
                 await upkeep(client, wallet, PUBLIC, told).publish()
         finally:
             task.cancel()
+
+
+class Work:
+    """A part of a neuron that would take on work."""
+
+    draining = False
+
+    def under_way(self) -> str | None:
+        """Nothing."""
+        return None
+
+
+@in_loop
+async def test_a_neuron_takes_no_work_before_its_address_is_published(tmp_path: Path) -> None:
+    async with chain(tmp_path) as (client, wallet):
+        await serve_axon(client, wallet, NETUID, "10.0.0.1", 1)  # so that the chain makes it wait
+        config = ChainConfig(network=f"embedded:{tmp_path / 'chain.sqlite'}", netuid=NETUID)
+        neuron = Neuron(client, config, NamedKeys(wallet.coldkey, wallet.hotkey), "miner")  # type: ignore[arg-type]
+        neuron.duties.append(work := Work())
+        app = make_app(Verifier(neuron.hotkey), neuron.not_ready)
+        axon = AxonConfig(ip="127.0.0.2", port=0)
+        serving = asyncio.create_task(neuron.serve(app, axon, 0))
+        await until(lambda: "blocks for the chain's limit" in str(neuron.not_ready()), "it waits")
+        assert work.draining
+        await until(lambda: neuron.not_ready() is None, "it is ready", 20.0)
+        assert not work.draining
+        signal.raise_signal(signal.SIGTERM)
+        await serving
+        assert neuron.not_ready() == "stopping"
+
+
+@dataclass(frozen=True)
+class NamedKeys(Keys):
+    """Keys with the names that a wallet has, for the hint how to register."""
+
+    name: str = "cold"
+    hotkey_str: str = "hot"
+    path: str = ""
 
 
 # Look-ups -----------------------------------------------------------------------------------------

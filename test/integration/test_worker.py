@@ -153,7 +153,9 @@ async def test_a_miner_that_drains_takes_no_job_and_goes_on_with_the_one_it_has(
         assert first.miner.under_way() == "1 job"
         first.miner.draining = True
         await all_reduce_everywhere(jobs, [integers(rank, 1000) for rank in range(2)])
-        with pytest.raises(JobRefused, match="it ends its jobs, to be updated"):
+        with pytest.raises(
+            JobRefused, match="it takes no jobs yet: it is starting, or will be updated"
+        ):
             await fleet.open_job(0, 1)
         await asyncio.gather(*(job.close() for job in jobs))
         await until(lambda: first.miner.under_way() is None, "it is drained")
