@@ -26,6 +26,10 @@ class CommandFailed(Unavailable):
     """A command could not be run, or did not end well; the message has its last words."""
 
 
+class CommandTimedOut(CommandFailed):
+    """A command took too long, which may be this machine's fault."""
+
+
 async def run_command(
     name: str,
     argv: Sequence[str],
@@ -61,7 +65,7 @@ async def run_command(
             code = await process.wait()
         ended = True  # nobody holds its pipes any more
     except TimeoutError:
-        raise CommandFailed(f"{name} was stopped: not done after {timeout_s:g} s") from None
+        raise CommandTimedOut(f"{name} was stopped: not done after {timeout_s:g} s") from None
     finally:
         if not ended:
             with contextlib.suppress(ProcessLookupError):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 from mapreduce import __version__
-from mapreduce.commands import CommandFailed, run_command
+from mapreduce.commands import CommandFailed, CommandTimedOut, run_command
 from mapreduce.core.releases import Release, read_tags
 from mapreduce.core.versions import Version
 from mapreduce.errors import LocalError
@@ -37,8 +37,11 @@ INSTALL_TIMEOUT_S: Final = 1800.0  # some gigabytes where torch comes with CUDA
 CHECK_TIMEOUT_S: Final = 120.0
 MAX_OUTPUT_BYTES: Final = 2**20
 MAX_FAILED: Final = 64
-MAX_STATE_BYTES: Final = 2**16
+MAX_STATE_BYTES: Final = 2**19
 LOCK_INTERVAL_S: Final = 0.5
+OF_A_HOOK: Final = frozenset(
+    f"GIT_{name}" for name in ("DIR", "WORK_TREE", "INDEX_FILE", "PREFIX", "OBJECT_DIRECTORY")
+)
 
 
 class NotUpdatable(LocalError):
@@ -60,6 +63,9 @@ class Checkout:
     async def find(cls) -> Self:
         """The checkout that the running code is in. Raises NotUpdatable."""
         try:
+            top = (await _git(ROOT, "rev-parse", "--show-toplevel")).strip()
+            if top != str(ROOT):
+                raise NotUpdatable(f"{ROOT} lies in the git checkout of something else, {top}")
             url = (await _git(ROOT, "remote", "get-url", "origin")).strip()
         except CommandFailed as error:
             raise NotUpdatable(
@@ -120,7 +126,10 @@ class Installations:
         new = self._file.with_suffix(".new")
         try:
             self._directory.mkdir(exist_ok=True)
-            new.write_text(json.dumps(asdict(progress), indent=2))
+            with new.open("w") as file:
+                json.dump(asdict(progress), file, indent=2)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(new, self._file)
         except OSError as error:
             raise LocalError(f"cannot write {self._file}: {error.strerror}") from None
@@ -167,7 +176,7 @@ class Installations:
         source, python = place / "source", self.python(str(release.version))
         # A clone, not a worktree: nothing of this is written into the operator's repository.
         clone = ("clone", "--quiet", "--depth", "1", "--branch", release.tag)
-        await _git(self._directory, *clone, "--", self._checkout.url, str(source))
+        await _git(self._checkout.root, *clone, "--", self._checkout.url, str(source))
         commit = (await _git(source, "rev-parse", "HEAD")).strip()
         if commit != release.commit:
             raise CommandFailed(f"{release.tag} has moved to another commit meanwhile")
@@ -180,6 +189,8 @@ class Installations:
             await _run(
                 "mapreduce.selfcheck", [str(python), "-m", "mapreduce.selfcheck"], CHECK_TIMEOUT_S
             )
+        except CommandTimedOut:
+            raise
         except CommandFailed as error:
             raise BadRelease(f"{release.tag} does not pass its own check: {error}") from None
 
@@ -263,9 +274,8 @@ async def _run(name: str, argv: Sequence[str], timeout_s: float) -> str:
     """What a command prints; raises CommandFailed."""
     env = environment_of_releases(os.environ)
     # Inside a git hook these name another repository; and nobody is here to type a password.
-    env = {key: value for key, value in env.items() if not key.startswith("GIT_")}
+    env = {key: value for key, value in env.items() if key not in OF_A_HOOK}
     env |= {"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
-    env["GIT_SSH_COMMAND"] = os.environ.get("GIT_SSH_COMMAND", "ssh -oBatchMode=yes")
     output = await run_command(
         name, argv, timeout_s=timeout_s, most_bytes=MAX_OUTPUT_BYTES, env=env
     )

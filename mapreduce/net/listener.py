@@ -21,10 +21,10 @@ def listen(ip: str, port: int) -> socket.socket:
         return socket.create_server(
             (ip, port), family=family, backlog=BACKLOG, dualstack_ipv6=ip == "::"
         )
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
+    except (OSError, ValueError) as error:  # ValueError: "::" where IPv4 cannot come with it
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             raise PortInUse(ip, port) from None
+        reason = getattr(error, "strerror", None) or error
         raise LocalError(
-            f"cannot listen on {ip}:{port}: {error.strerror or error}; check --axon.ip and "
-            "--axon.port"
+            f"cannot listen on {ip}:{port}: {reason}; check --axon.ip and --axon.port"
         ) from None

@@ -14,14 +14,12 @@ import signal
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Any, Final, Self
 
+from mapreduce.core.versions import Version
 from mapreduce.errors import MapReduceError
 from mapreduce.processes import ChildProcess, spawn
 from mapreduce.services.worker import BUSY, DRAIN, DRAINED, READY, VARIABLE
-
-if TYPE_CHECKING:
-    from mapreduce.core.versions import Version
 
 STOP_S: Final = 20.0
 
@@ -53,6 +51,7 @@ class Child:
         self.drained = asyncio.Event()
         self.ended: asyncio.Task[int] = asyncio.create_task(self._listen(channel))
         self._process = process
+        self._told_to_stop = False
         self._writer: asyncio.StreamWriter | None = None
 
     @classmethod
@@ -65,12 +64,18 @@ class Child:
             process = spawn(name, program.argv, env=env, log_path=None, pass_fds=passed)
         return cls(program, process, ours)
 
+    @property
+    def running(self) -> Version:
+        """The version that it says it is, or that it should be: its code may have been pulled."""
+        return Version.parse(self.version) if self.ready.is_set() else self.program.version
+
     async def _listen(self, channel: socket.socket) -> int:
         """Hears the child until it has ended; returns its exit code."""
         reader, self._writer = await asyncio.open_unix_connection(sock=channel)
         with contextlib.suppress(OSError, ValueError):  # a line without an end
             while line := await reader.readline():
-                self._hear(json.loads(line))
+                if isinstance(message := json.loads(line), dict):
+                    self._hear(message)
         self._writer.close()
         # Only the child had the other end: it is ending, which takes as long as a stop may.
         code = await asyncio.to_thread(self._process.wait, STOP_S)
@@ -131,7 +136,9 @@ class Child:
 
     async def stop(self, grace_s: float = STOP_S) -> int:
         """SIGTERM, and SIGKILL for what does not end in time; returns the exit code."""
-        self._process.send_signal(signal.SIGTERM)
+        if not self._told_to_stop:  # a second one would cut its stop short
+            self._told_to_stop = True
+            self._process.send_signal(signal.SIGTERM)
         await asyncio.wait([self.ended], timeout=grace_s)
         if not self.ended.done():
             _log.warning("the neuron does not stop: it is killed")

@@ -184,9 +184,9 @@ class Neuron:
             self._not_ready = "stopping"
             _log.info(f"{self.role} is stopping")
         finally:
+            # The signals stay handled until the loop is closed: a second SIGTERM, as systemd and a
+            # supervisor send it together, must not end the process before its files are closed.
             await runner.cleanup()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
         if stalled:
             raise ChainStalled(stalled[0])
 

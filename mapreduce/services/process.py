@@ -8,6 +8,7 @@ neither bittensor nor aiohttp, since a supervisor needs neither.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -42,11 +43,16 @@ def run_neuron(
     if config.updates.level != "no" and VARIABLE not in os.environ:
         configure_logging(config.logging, name=f"{name}-updates")  # each process its own file
         try:
-            return supervise(config.updates, name, _MODULES.get(role, role), axon)
+            return supervise(
+                config.updates, _updates_name(name, config), _MODULES.get(role, role), axon
+            )
         except NotUpdatable as error:
             _log.warning(f"auto_update = {config.updates.level} does nothing: {error}")
     configure_logging(config.logging, name=name)
-    if config.updates.level == "no" and (newer := left_behind(name)) is not None:
+    if (
+        config.updates.level == "no"
+        and (newer := left_behind(_updates_name(name, config))) is not None
+    ):
         _log.warning(
             f"this is version {__version__}, and version {newer} ran here before, by auto_update: "
             f"git checkout v{newer} and install again, or turn auto_update on"
@@ -56,3 +62,10 @@ def run_neuron(
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(serve(config))
     return 0
+
+
+def _updates_name(name: str, config: MinerConfig | ValidatorConfig | PeerConfig) -> str:
+    """What tells this neuron's updates from those of others on this machine: one wallet may serve
+    several chains and subnets."""
+    place = (name, config.wallet.path, config.chain.address, config.chain.netuid)
+    return f"{name}-{hashlib.blake2b(repr(place).encode(), digest_size=4).hexdigest()}"

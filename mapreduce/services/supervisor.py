@@ -46,6 +46,7 @@ DRAIN_S: Final = 600.0
 DRAIN_AGAIN_S: Final = 3600.0
 GIVEN_UP_S: Final = 3.0
 FIRST_LOOK_S: Final = 60.0
+KEEP_STATE: Final = ("validator", "all")  # neurons/: with a file that a release may convert
 MAX_REASON: Final = 500
 
 _log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class Supervisor:
         self._own = Program(own_version(), (sys.executable, *sys.orig_argv[1:]), dict(os.environ))
         self._progress = installed.load()
         self._child: Child | None = None
+        self._copied: Path | None = None  # a state whose copy is to go
         self._told: set[str] = set()
 
     async def run(self) -> None:
@@ -116,8 +118,6 @@ class Supervisor:
             if await self._installed.works(progress.current):
                 return self._program(version)
             _log.warning("this release does not run here any more", extra={"version": version})
-        progress.current = None
-        self._save()
         return self._own
 
     def _program(self, version: Version) -> Program:
@@ -127,7 +127,7 @@ class Supervisor:
 
     async def _next_release(self, child: Child, pause_s: float) -> Release | None:
         """The release to take next, installed; None if the child ends before there is one."""
-        search = asyncio.create_task(self._search(child.program.version, pause_s))
+        search = asyncio.create_task(self._search(child, pause_s))
         try:
             await asyncio.wait([search, child.ended], return_when=asyncio.FIRST_COMPLETED)
             return None if child.ended.done() else search.result()
@@ -135,13 +135,15 @@ class Supervisor:
             search.cancel()  # with the installation that it may be in
             await asyncio.wait([search])
 
-    async def _search(self, running: Version, pause_s: float) -> Release:
+    async def _search(self, child: Child, pause_s: float) -> Release:
         """Looks for a release to take, from time to time, until one is there and installed."""
         pause_s *= random.random()
         while True:
             await asyncio.sleep(pause_s)
             try:
-                release = await self._look(running)
+                if self._copied is not None:
+                    await self._finish()
+                release = await self._look(child.running)
             except (CommandFailed, LocalError) as error:
                 _log.warning("no update", extra={"error": str(error)})
             except Exception:  # the top of this task: what runs must not end for it
@@ -224,6 +226,9 @@ class Supervisor:
         Returns the child that runs now, and the seconds until releases are looked for again.
         """
         # One that never became ready has nothing under way.
+        if not old.ready.is_set() and self._module in KEEP_STATE:
+            # It has not said yet which file is to be copied.
+            return old, min(FIRST_LOOK_S, self._updates.every_s)
         if old.ready.is_set() and not await old.wait_drained(DRAIN_S):
             old.tell(RESUME)
             _log.warning(
@@ -234,7 +239,8 @@ class Supervisor:
         version = str(release.version)
         self._progress.trying = version
         self._progress.state = None if old.state is None else str(old.state)
-        if not self._save():
+        # A copy that an earlier update has left must never be taken for this one's.
+        if not self._forget_copy(old.state) or not self._save():
             old.tell(RESUME)
             self._progress.trying = self._progress.state = None
             return old, DRAIN_AGAIN_S
@@ -254,10 +260,8 @@ class Supervisor:
             return back, self._updates.every_s
         self._progress.current = version
         self._progress.wanted = self._progress.trying = self._progress.state = None
-        self._save()
-        if old.state is not None:
-            let_go(old.state)
-        _log.info("updated", extra={"version": version, "removed": await self._prune()})
+        self._copied = old.state
+        _log.info("updated", extra={"version": version, "removed": await self._finish()})
         return new, self._updates.every_s
 
     async def _go_back(self, program: Program, reason: str, *, blamed: Release | None) -> Child:
@@ -289,8 +293,27 @@ class Supervisor:
                 await asyncio.to_thread(put_back, Path(progress.state))
             except LocalError as error:
                 _log.error("the state is not as it was", extra={"error": str(error)})
+                return  # the next start tries again
         progress.trying = progress.state = None
         self._save()
+
+    async def _finish(self) -> list[str]:
+        """Removes what an update has left, once it is written down that it is over; returns the
+        releases that are gone. The copy of the state stays while the disk is full, say."""
+        if not self._save() or not self._forget_copy(self._copied):
+            return []
+        self._copied = None
+        return await self._prune()
+
+    def _forget_copy(self, state: Path | None) -> bool:
+        """Whether there is no copy of a state any more."""
+        try:
+            if state is not None:
+                let_go(state)
+        except LocalError as error:
+            _log.error("an update is put off", extra={"error": str(error)})
+            return False
+        return True
 
     async def _prune(self) -> list[str]:
         """The environments that are removed; one that cannot be is told of, and stays."""

@@ -91,7 +91,8 @@ class Worker:
             self._writer.write(line.encode())
 
     def _obey(self, line: bytes, duties: Sequence[Duty]) -> None:
-        command = json.loads(line).get("command")
+        message = json.loads(line)
+        command = message.get("command") if isinstance(message, dict) else None
         if command not in (DRAIN, RESUME):
             return  # a word of a newer supervisor
         if self._draining is not None:

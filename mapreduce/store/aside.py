@@ -56,9 +56,11 @@ def put_back(path: Path) -> bool:
 
 
 def let_go(path: Path) -> None:
-    """Remove the copy."""
-    with contextlib.suppress(OSError):
+    """Remove the copy, if there is one. Raises LocalError if it stays."""
+    try:
         _copy_of(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise LocalError(f"cannot remove {_copy_of(path)}: {error.strerror}") from None
 
 
 def _copy_of(path: Path) -> Path:

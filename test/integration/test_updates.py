@@ -5,9 +5,11 @@ Most tests leave pip out (`test/updates/neuron.py`); one does not.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -234,13 +236,41 @@ def test_two_neurons_share_a_checkout(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_an_update_that_cannot_be_written_down_is_put_off(tmp_path: Path) -> None:
     with subnet(tmp_path) as fleet:
-        (file,) = [fleet.checkout / ".releases" / "miner-miner-1-miner-1.json"]
-        file.with_suffix(".new").mkdir(parents=True)  # as a full disk would, for root as well
         fleet.origin.release(NEXT)
+        fleet.wait_log("miner-1", "updated")
+        (file,) = (fleet.checkout / ".releases").glob("miner-*.json")
+        file.with_suffix(".new").mkdir()  # as a full disk would, for root as well
+        fleet.origin.release(AFTER)
         fleet.wait_log("miner-1", "no update", count=2)
         assert fleet.run(sum_once, 2, 4000) == [3.0, 3.0]
         file.with_suffix(".new").rmdir()
-        fleet.wait_log("miner-1", "updated")
+        fleet.wait_log("miner-1", f"updated version={AFTER}")
+
+
+@pytest.mark.slow
+def test_two_signals_at_once_are_one(tmp_path: Path) -> None:
+    with subnet(tmp_path) as fleet:  # as systemd sends them to a whole service
+        (worker,) = psutil.Process(fleet.miners[0].pid).children()
+        worker.terminate()
+        fleet.miners[0].send_signal(signal.SIGTERM)
+        assert fleet.miners[0].wait(20.0) == 0
+        assert "miner is stopping" in fleet.log("miner-1")
+
+
+@pytest.mark.slow
+def test_a_copy_that_an_update_has_left_is_not_taken_for_another_ones(tmp_path: Path) -> None:
+    with UpdatingSubnet(tmp_path, {"validator": "patch"}, environ=QUICK, miners=1) as fleet:
+        stale = fleet.directory / "validator.sqlite-aside"
+        with contextlib.closing(sqlite3.connect(stale)) as connection:
+            connection.execute("PRAGMA user_version = 1")
+        fleet.origin.release(NEXT, BROKEN["dies after start"], NO_CHECK)
+        fleet.wait_log("validator", "rolled back")
+        assert not stale.exists()
+        fleet.origin.release(AFTER)
+        fleet.wait_log("validator", "updated")
+        with Database.open_read_only(fleet.state_path):
+            pass
+        assert not stale.exists()
 
 
 @pytest.mark.slow
