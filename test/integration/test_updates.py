@@ -77,8 +77,9 @@ def test_a_good_release_is_taken_once_the_job_has_ended(tmp_path: Path) -> None:
         results: list[list[float]] = []
         job = threading.Thread(target=lambda: results.extend(fleet.run(sum_for_seconds, 2, 4000)))
         job.start()
+        fleet.wait_log("miner-1", "job accepted")
+        fleet.origin.release(MAJOR)  # first: so that it is there whenever the other one is found
         fleet.origin.release(NEXT)
-        fleet.origin.release(MAJOR)
         log = fleet.wait_log("miner-1", "updated", 90)
         job.join()
         assert results == [[3.0] * 60] * 2  # what was under way went on to its end
